@@ -1,0 +1,3 @@
+//! `migvisor`: parse the command line, dispatch; nothing else.
+
+fn main() {}
