@@ -234,7 +234,8 @@ impl Realisation<'_> {
             let hit = match sample.writer {
                 Writer::Idle | Writer::Random { .. } => false,
                 Writer::Periodic { period, at } => {
-                    ((until_there - at) / period).floor() > ((from + *phase_ms - at) / period).floor()
+                    // Whole periods passed: `floor`, which is a call on a plain x86-64.
+                    turns(until_there - at, period) > turns(from + *phase_ms - at, period)
                 }
                 Writer::Traced { row } => {
                     let times = pattern.traces.rows.get(row).map_or(&[][..], Vec::as_slice);
@@ -292,12 +293,20 @@ fn draw(class: &Class, samples: &[Sample], since: &[f64], until: f64, rng: &mut 
     let mut sum = rng.random::<f64>();
     for (index, weight, from) in head.iter().chain(tail).filter_map(member) {
         let p = probability(from);
-        let before = sum.floor();
         sum += (p + spread * p * (1.0 - p) / weight).clamp(0.0, 1.0);
-        if sum.floor() > before {
+        if sum >= 1.0 {
+            sum -= 1.0;
             written(index);
         }
     }
+}
+
+/// How many whole periods fit, rounded down.
+#[expect(clippy::cast_possible_truncation, reason = "saturates after 2^63 periods")]
+fn turns(time: f64, period: f64) -> i64 {
+    let turns = time / period;
+    let towards_zero = turns as i64;
+    if turns < towards_zero as f64 { towards_zero - 1 } else { towards_zero }
 }
 
 /// A standard normal deviate, near enough (Irwin–Hall of 12).

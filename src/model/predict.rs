@@ -14,7 +14,7 @@ use super::{
 
 /// Replays behind a probability: with none of them converging, p is below 0.06 with 95 % confidence.
 const REPLAYS: u32 = 48;
-/// Replays behind one question of the search for the least convergent bandwidth.
+/// Replays behind the verdict that the least convergent bandwidth stands on.
 const LCB_REPLAYS: u32 = 10;
 /// Replays behind one point of the profile.
 const PROFILE_REPLAYS: u32 = 5;
@@ -100,15 +100,20 @@ pub fn lcb(pattern: &Pattern, curve: &Curve, settings: &Settings) -> Option<Byte
     let dirtied = curve.pages(100.0) / settings.downtime_limit_ms.max(1.0);
     let everything = pattern.nonzero_pages() / settings.deadline_ms.max(1.0);
     let guess = BytesPerSecond(whole(dirtied.max(everything) * PAGE as f64 * 1000.0));
-    least_convergent_bandwidth(guess, settings.host.line_rate, |rate| {
-        let settings = Settings { bandwidth: Bandwidth::Capped(rate), ..*settings };
-        let tolerated = LCB_REPLAYS - (CONVERGES_FROM * f64::from(LCB_REPLAYS)).ceil().min(f64::from(LCB_REPLAYS)) as u32;
-        let mut failures = 0;
-        (0..LCB_REPLAYS).all(|run| {
-            failures += u32::from(!one(pattern, &settings, run).converged);
-            failures <= tolerated
-        })
-    })
+    let at = |rate| Settings { bandwidth: Bandwidth::Capped(rate), ..*settings };
+    let tolerated = f64::from(LCB_REPLAYS) * (1.0 - CONVERGES_FROM) + 1e-9;
+    least_convergent_bandwidth(
+        guess,
+        settings.host.line_rate,
+        |rate| one(pattern, &at(rate), 0).converged,
+        |rate| {
+            let mut failures = 0.0;
+            (0..LCB_REPLAYS).all(|run| {
+                failures += f64::from(u8::from(!one(pattern, &at(rate), run).converged));
+                failures <= tolerated
+            })
+        },
+    )
 }
 
 /// `C = a·T_sum + b·T_downtime + c·P`, each term normalised (see [`CostWeights`]).

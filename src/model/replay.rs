@@ -8,10 +8,12 @@
 //! is free; KVM write-protects pages again chunk by chunk as the sender reaches them, not at the sync; downtime is what
 //! is pending over the rate of the line, since the limiter is off once the guest has stopped.
 
+use std::collections::VecDeque;
+
 use super::{
     curve::whole,
     forecast::HostConstants,
-    pattern::{Pattern, Realisation},
+    pattern::{Pattern, Realisation, Writer},
     units::Bandwidth,
 };
 
@@ -29,10 +31,11 @@ const CLOCK_EVERY: f64 = 64.0;
 const CHUNK_PAGES: u64 = 1 << 18;
 /// One turn of the loop with nothing to send, ms.
 const IDLE_TURN_MS: f64 = 0.02;
-/// A replay whose pending pages stayed this far above the threshold ...
-const HOPELESS_RATIO: f64 = 1.2;
-/// ... over so many syncs, and over two cycles of the pattern, will not end otherwise: the rest is arithmetic.
-const HOPELESS_SYNCS: u64 = 200;
+/// Syncs that tell whether a replay goes round in circles: two halves, to be compared with each other.
+const STEADY_SYNCS: usize = 32;
+/// A steady replay whose pending pages never came nearer to the threshold than so many of their standard deviations,
+/// and than this share of it, would not end otherwise.
+const HOPELESS: (f64, f64) = (6.0, 0.03);
 /// From the decision to switch over until the guest stands still, ms.
 const STOP_MS: f64 = 0.3;
 
@@ -94,6 +97,10 @@ struct Ram<'a> {
     in_log: Vec<bool>,
     chunk_of: Vec<u32>,
     chunks: Vec<Chunk>,
+    /// Samples that are ever written. The others are of no interest once they are sent.
+    active: Vec<usize>,
+    /// What the sender walks over: everything in the first pass, then the active samples.
+    order: Vec<usize>,
     /// Scratch of [`Ram::sync`]: since when a write to a sample is news.
     since: Vec<f64>,
     last_sync: f64,
@@ -116,9 +123,12 @@ impl<'a> Ram<'a> {
             }
             chunk_of.push(u32::try_from(chunks.len() - 1).unwrap_or(u32::MAX));
         }
+        let written = |&index: &usize| samples.get(index).is_some_and(|sample| sample.writer != Writer::Idle);
         Self {
             pattern,
             writes,
+            active: (0..samples.len()).filter(written).collect(),
+            order: (0..samples.len()).collect(),
             left: samples.iter().map(|sample| sample.weight).collect(),
             zero: samples.iter().map(|sample| sample.zero).collect(),
             in_log: vec![true; samples.len()],
@@ -135,7 +145,12 @@ impl<'a> Ram<'a> {
     /// Collects KVM's dirty log. A page that was clean at the last sync shows if written since then; one that was dirty
     /// shows if written since its chunk was protected again; one not yet protected again still has its bit.
     fn sync(&mut self, now: f64) {
-        for ((since, in_log), &chunk) in self.since.iter_mut().zip(&mut self.in_log).zip(&self.chunk_of) {
+        for &index in &self.active {
+            let (Some(since), Some(in_log), Some(&chunk)) =
+                (self.since.get_mut(index), self.in_log.get_mut(index), self.chunk_of.get(index))
+            else {
+                continue;
+            };
             *since = match self.chunks.get(chunk as usize) {
                 Some(chunk) if *in_log && chunk.stale => f64::INFINITY,
                 Some(chunk) if *in_log => {
@@ -181,15 +196,19 @@ impl Sender {
     /// Sends until the quota is used up, nothing is left, or 50 ms have passed.
     fn send(&mut self, ram: &mut Ram<'_>) {
         let began = self.now;
-        let mut count = 0.0_f64;
+        let mut until_look = CLOCK_EVERY;
         let mut idle = 0;
-        while self.sent < self.quota && idle < ram.left.len() {
-            if ram.cursor >= ram.left.len() {
+        while self.sent < self.quota && idle < ram.order.len() {
+            let Some(&at) = ram.order.get(ram.cursor) else {
+                // Once round. In the first pass everything has now been sent once.
                 ram.cursor = 0;
-            }
-            let (Some(left), Some(&zero), Some(&chunk)) =
-                (ram.left.get_mut(ram.cursor), ram.zero.get(ram.cursor), ram.chunk_of.get(ram.cursor))
-            else {
+                if ram.order.len() > ram.active.len() {
+                    ram.order.clone_from(&ram.active);
+                    idle = 0;
+                }
+                continue;
+            };
+            let (Some(left), Some(&zero), Some(&chunk)) = (ram.left.get_mut(at), ram.zero.get(at), ram.chunk_of.get(at)) else {
                 break;
             };
             if *left <= 0.0 {
@@ -202,9 +221,15 @@ impl Sender {
                 *chunk = Chunk { protected_at: self.now, stale: false };
             }
             let (wire, each_ms) = if zero { (WIRE_ZERO, self.zero_page_ms) } else { (WIRE_PAGE, self.page_ms) };
-            let affordable = ((self.quota - self.sent) / wire).ceil();
-            let in_time = ((MAX_WAIT_MS - (self.now - began)) / each_ms + CLOCK_EVERY).max(1.0);
-            let part = left.min(affordable).min(in_time);
+            // The whole sample, unless the quota or the 50 ms end within it.
+            let mut part = *left;
+            if part * wire > self.quota - self.sent {
+                part = part.min(((self.quota - self.sent) / wire).ceil());
+            }
+            let time_left = MAX_WAIT_MS - (self.now - began);
+            if part * each_ms > time_left {
+                part = part.min((time_left / each_ms + CLOCK_EVERY).max(1.0));
+            }
             *left -= part;
             if *left <= 0.0 {
                 ram.cursor += 1;
@@ -217,15 +242,47 @@ impl Sender {
             } else {
                 self.pages += part;
             }
-            let looks_up = (count / CLOCK_EVERY).floor() < ((count + part) / CLOCK_EVERY).floor();
-            count += part;
-            if looks_up && self.now - began > MAX_WAIT_MS {
-                break;
+            until_look -= part;
+            if until_look <= 0.0 {
+                if self.now - began > MAX_WAIT_MS {
+                    break;
+                }
+                until_look = CLOCK_EVERY;
             }
         }
         if self.now <= began {
             self.now += IDLE_TURN_MS;
         }
+    }
+}
+
+/// The last syncs: pending bytes over the threshold. Below 1 a migration ends.
+#[derive(Default)]
+struct Progress {
+    ratios: VecDeque<f64>,
+}
+
+impl Progress {
+    fn note(&mut self, ratio: f64) {
+        if self.ratios.len() == STEADY_SYNCS {
+            self.ratios.pop_front();
+        }
+        self.ratios.push_back(ratio);
+    }
+
+    /// No longer falling, and too far off to get there by chance.
+    fn hopeless(&self) -> bool {
+        let nearest = self.ratios.iter().copied().fold(f64::INFINITY, f64::min);
+        if self.ratios.len() < STEADY_SYNCS || nearest < 1.0 + HOPELESS.1 {
+            return false;
+        }
+        let half = STEADY_SYNCS / 2;
+        let mean = |part: &mut dyn Iterator<Item = &f64>| part.sum::<f64>() / half as f64;
+        let (before, after) = (mean(&mut self.ratios.iter().take(half)), mean(&mut self.ratios.iter().skip(half)));
+        let middle = f64::midpoint(before, after);
+        let deviation = (self.ratios.iter().map(|r| (r - middle).powi(2)).sum::<f64>() / STEADY_SYNCS as f64).sqrt();
+        // The means of two halves of a steady process differ by a third of its deviation, give or take.
+        nearest > 1.0 + HOPELESS.0 * deviation && before - after <= deviation
     }
 }
 
@@ -245,8 +302,8 @@ pub fn replay(pattern: &Pattern, writes: Realisation<'_>, settings: &Settings) -
     let mut ram = Ram::new(pattern, writes, sender.now);
     let mut window = sender.now;
     let mut threshold = 0.0;
-    let mut nearest = f64::INFINITY;
-    let hopeless_after = 2.0 * pattern.cycle_ms() + host.setup_ms;
+    let mut progress = Progress::default();
+    let steady_after = 2.0 * pattern.cycle_ms() + host.setup_ms;
     while sender.now < settings.deadline_ms {
         if sender.sent < sender.quota {
             if ram.pending * 4096.0 < threshold {
@@ -264,8 +321,8 @@ pub fn replay(pattern: &Pattern, writes: Realisation<'_>, settings: &Settings) -
                         zero_pages: sender.zero_pages,
                     };
                 }
-                nearest = nearest.min(ram.pending * 4096.0 / threshold);
-                if nearest > HOPELESS_RATIO && ram.syncs >= HOPELESS_SYNCS && sender.now > hopeless_after {
+                progress.note(ram.pending * 4096.0 / threshold);
+                if sender.now > steady_after && progress.hopeless() {
                     break;
                 }
             }
