@@ -1,1 +1,4 @@
+//! The laboratory: a real control plane, KubeVirt's part, real guests. Never shipped.
 
+pub mod cluster;
+pub mod kubevirt;
