@@ -108,12 +108,13 @@ impl ControlPlane {
         let mut text = format!("state of the namespace {namespace}:\n");
         for what in ["pods", "vmi", "vmim", "migrationforecasts", "events"] {
             let args = ["get", what, "-n", namespace, "-o", "wide", "--ignore-not-found"];
-            match self.kubectl(&args, "").await {
-                Ok(output) if !output.success => text.push_str(&format!("{what}: {}", output.stderr)),
-                Ok(output) if output.stdout.is_empty() => text.push_str(&format!("{what}: none\n")),
-                Ok(output) => text.push_str(&format!("{what}:\n{}", output.stdout)),
-                Err(error) => text.push_str(&format!("{what}: {error:#}\n")),
-            }
+            let found = match self.kubectl(&args, "").await {
+                Ok(output) if !output.success => output.stderr,
+                Ok(output) if output.stdout.is_empty() => "none\n".to_owned(),
+                Ok(output) => format!("\n{}", output.stdout),
+                Err(error) => format!("{error:#}\n"),
+            };
+            text.extend([what, ": ", &found]);
         }
         text
     }

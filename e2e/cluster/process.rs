@@ -125,6 +125,13 @@ impl Process {
         kill(Pid::from_raw(pid), signal).with_context(|| format!("cannot send {signal} to {}", self.name))
     }
 
+    /// Ends it at once (SIGKILL) and waits until it is gone, its ports and files with it.
+    pub fn kill(&mut self) {
+        // Both fail only where it has ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
     /// Asks it to end (SIGTERM) and waits; an error with the log's tail if it has not ended by the deadline.
     pub async fn stop(mut self, deadline: Duration) -> Result<ExitStatus> {
         self.signal(Signal::SIGTERM)?;
@@ -141,9 +148,7 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // Both fail only where it has ended already.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        self.kill();
     }
 }
 

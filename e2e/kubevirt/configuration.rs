@@ -155,7 +155,7 @@ mod tests {
         pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
     }
 
-    fn policy(name: &str, vmi: Value, namespace: Value) -> Value {
+    fn policy(name: &str, vmi: &Value, namespace: &Value) -> Value {
         json!({ "metadata": { "name": name }, "spec": { "selectors":
             { "virtualMachineInstanceSelector": vmi, "namespaceSelector": namespace } } })
     }
@@ -166,10 +166,10 @@ mod tests {
 
     #[test]
     fn the_most_specific_policy_wins() {
-        let everything = policy("everything", json!({}), json!({}));
-        let gold = policy("gold", json!({"class": "gold"}), json!({}));
-        let team = policy("team", json!({}), json!({"team": "a"}));
-        let both = policy("both", json!({"class": "gold"}), json!({"team": "a"}));
+        let everything = policy("everything", &json!({}), &json!({}));
+        let gold = policy("gold", &json!({"class": "gold"}), &json!({}));
+        let team = policy("team", &json!({}), &json!({"team": "a"}));
+        let both = policy("both", &json!({"class": "gold"}), &json!({"team": "a"}));
         let none = json!({ "metadata": { "name": "none" }, "spec": { "selectors": null } });
         let all = [none, everything, gold, team, both];
         let (vmi, namespace) = ([("class", "gold"), ("os", "x")], [("team", "a")]);
@@ -178,7 +178,7 @@ mod tests {
         assert_eq!(wins(&all[..2], &vmi, &namespace).unwrap(), "everything");
         assert_eq!(wins(&all[..1], &vmi, &namespace), None, "no selectors match nothing");
         assert_eq!(wins(&all, &[], &[]).unwrap(), "everything");
-        let twins = [policy("b", json!({"class": "gold"}), Value::Null), policy("a", json!({"class": "gold"}), Value::Null)];
+        let twins = [policy("b", &json!({"class": "gold"}), &Value::Null), policy("a", &json!({"class": "gold"}), &Value::Null)];
         assert_eq!(wins(&twins, &vmi, &namespace).unwrap(), "a", "then the smallest name");
     }
 

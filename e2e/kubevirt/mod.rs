@@ -12,6 +12,7 @@
 //! * Legacy abort rules only (see [`monitor`]); no stall detector, no decentralized migration.
 
 pub mod configuration;
+mod hands;
 pub mod monitor;
 pub mod objects;
 mod way;

@@ -2,7 +2,11 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use kube::{
     Api, Client, ResourceExt,
@@ -10,7 +14,7 @@ use kube::{
 };
 use migvisor::model::units::{Bandwidth, BytesPerSecond};
 use migvisor_e2e::{
-    cluster::{ControlPlane, process},
+    cluster::{ControlPlane, Process, free_port, process, wait_for},
     kubevirt::{
         Job, KubeVirt, Mover, Order, Outcome,
         objects::{self, Side, create_node, install_crds, running_vmi, vmim_manifest},
@@ -117,26 +121,107 @@ async fn a_control_plane_starts_serves_and_ends() {
 
     drop(plane);
     assert!(!directory.exists());
-    let left = std::process::Command::new("pgrep").args(["-f", directory.to_str().unwrap()]).output().unwrap();
-    assert!(left.stdout.is_empty(), "left running: {}", String::from_utf8_lossy(&left.stdout));
+    let named = directory.to_str().unwrap().as_bytes();
+    let left = std::fs::read_dir("/proc").unwrap().flatten().find(|process| {
+        let command = std::fs::read(process.path().join("cmdline")).unwrap_or_default();
+        command.windows(named.len()).any(|window| window == named)
+    });
+    assert!(left.is_none(), "left running: {left:?}");
 }
 
 #[test]
 fn what_a_test_starts_outlives_its_thread_but_not_its_guard() {
     let folder = tempfile::tempdir().unwrap();
     let log = folder.path().join("sleep.log");
-    let mut sleeper = std::thread::spawn(move || {
-        let mut command = process::dying_with_us("sleep");
-        command.arg("600");
-        process::Process::start("sleep", command, log).unwrap()
-    })
-    .join()
-    .unwrap();
+    let mut sleeper = std::thread::spawn(move || Process::start("sleep", sleep(), log).unwrap()).join().unwrap();
     std::thread::sleep(Duration::from_millis(200));
     assert_eq!(sleeper.exited(), None, "it ended with the thread that asked for it");
-    let proc = std::path::PathBuf::from(format!("/proc/{}", sleeper.id()));
+    let proc = PathBuf::from(format!("/proc/{}", sleeper.id()));
     drop(sleeper);
     assert!(!proc.exists());
+}
+
+fn sleep() -> std::process::Command {
+    let mut command = process::dying_with_us("sleep");
+    command.arg("600");
+    command
+}
+
+/// Runs itself as a victim, kills it outright, and looks for what it had started.
+#[test]
+fn a_test_killed_outright_leaves_no_process() {
+    const VICTIM: &str = "MIGVISOR_E2E_VICTIM";
+    if let Some(folder) = std::env::var_os(VICTIM).map(PathBuf::from) {
+        let sleeper = Process::start("sleep", sleep(), folder.join("sleep.log")).unwrap();
+        std::fs::write(folder.join("new"), sleeper.id().to_string()).unwrap();
+        std::fs::rename(folder.join("new"), folder.join("pid")).unwrap();
+        std::thread::sleep(Duration::from_secs(600));
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let mut victim = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "a_test_killed_outright_leaves_no_process"])
+        .env(VICTIM, folder.path())
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let until = |what: &dyn Fn() -> bool| (0..100).any(|_| what() || (std::thread::sleep(Duration::from_millis(50)), false).1);
+    assert!(until(&|| folder.path().join("pid").exists()), "the victim started nothing");
+    let proc = Path::new("/proc").join(std::fs::read_to_string(folder.path().join("pid")).unwrap());
+    assert!(proc.exists());
+    victim.kill().unwrap();
+    victim.wait().unwrap();
+    // A zombie, where nobody adopts orphans, is no process any more.
+    let gone = || std::fs::read_to_string(proc.join("stat")).map_or(true, |stat| stat.contains(") Z "));
+    assert!(until(&gone), "{} is left running", proc.display());
+}
+
+#[tokio::test]
+async fn the_api_server_calls_the_webhooks() {
+    // A control plane of its own: everybody's migrations pass through them.
+    let plane = ControlPlane::start().await.unwrap();
+    let client = plane.client().unwrap();
+    install_crds(&client).await.unwrap();
+    let namespace = plane.namespace("webhooks").await.unwrap();
+    let (certificate, port) = (plane.webhook_certificate().unwrap(), free_port().unwrap());
+    plane.install_webhooks(port, &certificate.authority).await.unwrap();
+    let vmim = |name: &str, version: &str| {
+        let mut manifest = vmim_manifest(&namespace, name, "vm1");
+        manifest["apiVersion"] = json!(format!("kubevirt.io/{version}"));
+        manifest.to_string()
+    };
+    plane.accepts(&vmim("nobody-there", "v1")).await.expect("an absent webhook hinders nobody");
+
+    let answer = |verdict: fn(Value) -> Value| {
+        axum::routing::post(async move |axum::Json(review): axum::Json<Value>| {
+            assert_eq!(
+                review["request"]["object"]["apiVersion"], "kubevirt.io/v1",
+                "converted to the version that was asked for"
+            );
+            let mut response = verdict(review["request"]["object"].clone());
+            response["uid"] = review["request"]["uid"].clone();
+            axum::Json(json!({ "apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview", "response": response }))
+        })
+    };
+    let router = axum::Router::new()
+        // [{"op":"add","path":"/metadata/annotations","value":{"migvisor.io/verdict":"Fails"}}]
+        .route("/mutate-vmim", answer(|_| json!({ "allowed": true, "patchType": "JSONPatch", "patch":
+            "W3sib3AiOiJhZGQiLCJwYXRoIjoiL21ldGFkYXRhL2Fubm90YXRpb25zIiwidmFsdWUiOnsibWlndmlzb3IuaW8vdmVyZGljdCI6IkZhaWxzIn19XQ==" })))
+        .route("/validate-vmim", answer(|object| {
+            let denied = object["metadata"]["name"] == "doomed";
+            json!({ "allowed": !denied, "status": { "message": "it would never end" }, "warnings": ["it will take long"] })
+        }));
+    let tls = axum_server::tls_rustls::RustlsConfig::from_pem_file(&certificate.certificate, &certificate.key).await.unwrap();
+    let address = std::net::SocketAddr::from(([127, 0, 0, 1], port));
+    let server = tokio::spawn(axum_server::bind_rustls(address, tls).serve(router.into_make_service()));
+    wait_for("the webhook to listen", LONG, async || Ok(tokio::net::TcpStream::connect(address).await.ok())).await.unwrap();
+
+    let said = plane.accepts(&vmim("old", "v1alpha3")).await.unwrap();
+    assert!(said.stderr.contains("Warning: it will take long"), "{}", said.stderr);
+    let stored = objects::vmims(&client, &namespace).get("old").await.unwrap();
+    assert_eq!(stored.annotations()["migvisor.io/verdict"], "Fails");
+    let said = plane.rejects(&vmim("doomed", "v1"), "it would never end").await.unwrap();
+    assert!(said.contains("admission webhook \"validate-vmim.migvisor.io\" denied the request"), "{said}");
+    server.abort();
 }
 
 #[tokio::test]
@@ -325,9 +410,17 @@ async fn deleting_it_while_scheduling_cancels_it() {
     assert_eq!(scene.get_vmi("vm1").await["status"]["nodeName"], "node-a");
     assert!(scene.jobs.try_recv().is_err(), "nobody was asked to move anything");
 
-    // The VMI can be moved afterwards.
-    scene.migrate("m2", "vm1").await;
-    scene.reaches("m2", "Succeeded").await;
+    // The VMI can be moved afterwards; of what has ended, KubeVirt keeps five.
+    for round in 2..8 {
+        scene.migrate(&format!("m{round}"), "vm1").await;
+        scene.reaches(&format!("m{round}"), "Succeeded").await;
+    }
+    scene
+        .plane
+        .wait(&scene.namespace, "m2 to vanish", LONG, async || Ok(scene.get_vmim("m2").await.is_none().then_some(())))
+        .await
+        .unwrap();
+    assert!(scene.get_vmim("m3").await.is_some());
 }
 
 #[tokio::test]
