@@ -1,3 +1,5 @@
-//! What the tests and the demonstration run on: real guests, a real control plane, KubeVirt's part. Never shipped.
+//! What the tests and the demonstration run on: a real control plane, KubeVirt's part, real guests. Never shipped.
 
+pub mod cluster;
+pub mod kubevirt;
 pub mod lab;

@@ -1,0 +1,49 @@
+# Every task has its entry here; each only calls cargo and scripts.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+# Where cargo puts what it builds.
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+
+.NOTPARALLEL:
+
+.PHONY: help
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: setup
+setup: ## Install QEMU and build the Kubernetes tools that demo and test need (10 minutes the first time, then a second)
+	@e2e/setup/setup.sh >/dev/null
+
+.PHONY: build
+build: ## Build everything
+	cargo build --workspace --locked
+
+.PHONY: demo
+demo: setup build ## Show the main job: a real API server, real guests, forecasts beside outcomes
+	@exec $(TARGET)/debug/demo
+
+.PHONY: test
+test: kvm setup check build ## Run all checks and all tests (without /dev/kvm: ALLOW_NO_KVM=1 make test)
+	cargo test --workspace --locked
+
+.PHONY: check
+check: ## Formatting, lints, documentation
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+	RUSTDOCFLAGS=-Dwarnings cargo doc --no-deps --workspace --locked
+
+.PHONY: bench
+bench: ## Measure: replays, the least convergent bandwidth, admission
+	cargo bench --workspace --locked --bench '*'
+
+.PHONY: generate
+generate: ## Write what is generated and checked in anew: crds/
+	MIGVISOR_GENERATE=1 cargo test --locked --test api crds_are_current
+
+# The tests compare forecasts with real migrations: under emulation they would fail, or prove nothing.
+.PHONY: kvm
+kvm:
+	@e2e/setup/setup.sh --kvm || [ "$(ALLOW_NO_KVM)" = 1 ] || { \
+	  echo "make test: the tests compare forecasts with migrations of real guests, which need KVM." >&2; \
+	  echo "Way out: run them where /dev/kvm is, or, to see what can be seen under emulation: ALLOW_NO_KVM=1 make test" >&2; \
+	  exit 1; }

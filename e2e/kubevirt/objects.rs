@@ -1,0 +1,227 @@
+//! KubeVirt's kinds as objects of a test: their CRDs, and running VMIs with their launcher pods.
+//!
+//! In: names. Out: JSON manifests, or the objects themselves, created. Everything is read and written as plain JSON: partial
+//! types would drop what they do not know.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use k8s_openapi::{
+    api::core::v1::{Node, Pod},
+    apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition,
+};
+use kube::{
+    Api, Client, ResourceExt,
+    api::{ApiResource, DynamicObject, Patch, PatchParams, PostParams},
+    core::GroupVersionKind,
+    runtime::{conditions, wait::await_condition},
+};
+use serde_json::{Value, json};
+
+/// Who writes, in `managedFields`.
+pub(super) const MANAGER: &str = "kubevirt-stand-in";
+
+/// KubeVirt's CRDs, of our own writing.
+const CRDS: [&str; 5] = [
+    include_str!("crds/virtualmachineinstance.yaml"),
+    include_str!("crds/virtualmachineinstancemigration.yaml"),
+    include_str!("crds/virtualmachine.yaml"),
+    include_str!("crds/kubevirt.yaml"),
+    include_str!("crds/migrationpolicy.yaml"),
+];
+
+/// Installs KubeVirt's CRDs and waits until the API server serves them.
+pub async fn install_crds(client: &Client) -> Result<()> {
+    install(client, &CRDS).await
+}
+
+/// Installs CRDs (YAML, one object each) and waits until the API server serves them.
+pub async fn install(client: &Client, manifests: &[&str]) -> Result<()> {
+    let api: Api<CustomResourceDefinition> = Api::all(client.clone());
+    let mut names = Vec::new();
+    for manifest in manifests {
+        let crd: CustomResourceDefinition = serde_yaml::from_str(manifest).context("a manifest that is no CRD")?;
+        let name = crd.name_any();
+        let parameters = PatchParams::apply(MANAGER).force();
+        api.patch(&name, &parameters, &Patch::Apply(crd)).await.with_context(|| format!("cannot install the CRD {name}"))?;
+        names.push(name);
+    }
+    for name in names {
+        let served = await_condition(api.clone(), &name, conditions::is_crd_established());
+        tokio::time::timeout(Duration::from_secs(20), served)
+            .await
+            .with_context(|| format!("the CRD {name} is not served after 20 s: look at its conditions"))??;
+    }
+    Ok(())
+}
+
+fn resource(group: &str, version: &str, kind: &str, plural: &str) -> ApiResource {
+    ApiResource::from_gvk_with_plural(&GroupVersionKind::gvk(group, version, kind), plural)
+}
+
+/// VirtualMachineInstance, kubevirt.io/v1.
+pub fn vmi_resource() -> ApiResource {
+    resource("kubevirt.io", "v1", "VirtualMachineInstance", "virtualmachineinstances")
+}
+
+/// VirtualMachineInstanceMigration, kubevirt.io/v1.
+pub fn vmim_resource() -> ApiResource {
+    resource("kubevirt.io", "v1", "VirtualMachineInstanceMigration", "virtualmachineinstancemigrations")
+}
+
+/// KubeVirt, kubevirt.io/v1.
+pub fn kubevirt_resource() -> ApiResource {
+    resource("kubevirt.io", "v1", "KubeVirt", "kubevirts")
+}
+
+/// MigrationPolicy, migrations.kubevirt.io/v1alpha1.
+pub fn policy_resource() -> ApiResource {
+    resource("migrations.kubevirt.io", "v1alpha1", "MigrationPolicy", "migrationpolicies")
+}
+
+/// A node that KubeVirt may use.
+pub async fn create_node(client: &Client, name: &str) -> Result<()> {
+    let node: Node = serde_json::from_value(json!({
+        "metadata": { "name": name, "labels": { "kubernetes.io/hostname": name, "kubevirt.io/schedulable": "true" } },
+    }))?;
+    let api: Api<Node> = Api::all(client.clone());
+    let made = api.patch(name, &PatchParams::apply(MANAGER).force(), &Patch::Apply(node)).await;
+    made.map(drop).with_context(|| format!("cannot create the node {name}"))
+}
+
+/// A running VMI, as virt-controller and virt-handler leave one. `pod_uid` is the UID of its launcher pod; without one it has
+/// no active pod yet.
+pub fn vmi_manifest(namespace: &str, name: &str, node: &str, pod_uid: Option<&str>, memory: &str) -> Value {
+    let now = now();
+    let condition = |kind: &str| json!({ "type": kind, "status": "True", "lastProbeTime": null, "lastTransitionTime": now });
+    json!({
+        "apiVersion": "kubevirt.io/v1",
+        "kind": "VirtualMachineInstance",
+        "metadata": { "namespace": namespace, "name": name, "labels": { "kubevirt.io/nodeName": node } },
+        "spec": {
+            "domain": {
+                "cpu": { "cores": 1 },
+                "memory": { "guest": memory },
+                "machine": { "type": "q35" },
+                "devices": {},
+            },
+            "evictionStrategy": "LiveMigrate",
+        },
+        "status": {
+            "phase": "Running",
+            "nodeName": node,
+            "activePods": pod_uid.map_or_else(|| json!({}), |uid| json!({ uid: node })),
+            "conditions": [condition("Ready"), condition("LiveMigratable")],
+            "migrationMethod": "LiveMigration",
+            "migrationTransport": "Unix",
+            "selinuxContext": "none",
+            "memory": { "guestAtBoot": memory, "guestCurrent": memory, "guestRequested": memory },
+        },
+    })
+}
+
+/// A VMIM, with a fixed name. For `generateName` write your own.
+pub fn vmim_manifest(namespace: &str, name: &str, vmi: &str) -> Value {
+    json!({
+        "apiVersion": "kubevirt.io/v1",
+        "kind": "VirtualMachineInstanceMigration",
+        "metadata": { "namespace": namespace, "name": name },
+        "spec": { "vmiName": vmi },
+    })
+}
+
+/// A launcher pod. `migration`: UID and name of the VMIM whose target it is.
+pub(super) fn launcher_pod(vmi: &DynamicObject, name: &str, migration: Option<(&str, &str)>) -> Value {
+    let vmi_name = vmi.name_any();
+    let uid = vmi.uid().unwrap_or_default();
+    let mut pod = json!({
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {
+            "namespace": vmi.namespace(),
+            "name": name,
+            "labels": { "kubevirt.io": "virt-launcher", "kubevirt.io/created-by": uid, "vm.kubevirt.io/name": vmi_name },
+            "annotations": { "kubevirt.io/domain": vmi_name },
+            "ownerReferences": [{
+                "apiVersion": "kubevirt.io/v1", "kind": "VirtualMachineInstance", "name": vmi_name, "uid": uid,
+                "controller": true, "blockOwnerDeletion": true,
+            }],
+        },
+        "spec": {
+            "automountServiceAccountToken": false,
+            "restartPolicy": "Never",
+            "containers": [{ "name": "compute", "image": "virt-launcher" }],
+        },
+    });
+    if let Some((job_uid, job_name)) = migration {
+        pod["metadata"]["labels"]["kubevirt.io/migrationJobUID"] = json!(job_uid);
+        pod["metadata"]["annotations"]["kubevirt.io/migrationJobName"] = json!(job_name);
+    }
+    pod
+}
+
+/// Where a VMI runs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Side {
+    /// The node.
+    pub node: String,
+    /// The launcher pod there.
+    pub pod: String,
+    /// Its UID: what the VM's process is known by.
+    pub pod_uid: String,
+}
+
+/// Creates a VMI that runs on `node`, with its launcher pod, bound and ready. Returns where it runs.
+pub async fn running_vmi(client: &Client, namespace: &str, name: &str, node: &str, memory: &str) -> Result<Side> {
+    let vmis = vmis(client, namespace);
+    let manifest = serde_json::from_value(vmi_manifest(namespace, name, node, None, memory))?;
+    let vmi = vmis.create(&PostParams::default(), &manifest).await.with_context(|| format!("cannot create the VMI {name}"))?;
+    let pods: Api<Pod> = Api::namespaced(client.clone(), namespace);
+    let pod_name = format!("virt-launcher-{name}");
+    let pod = serde_json::from_value(launcher_pod(&vmi, &pod_name, None))?;
+    let pod = pods.create(&PostParams::default(), &pod).await.with_context(|| format!("cannot create the pod {pod_name}"))?;
+    bind(&pods, &pod_name, node).await?;
+    run(&pods, &pod_name).await?;
+    let pod_uid = pod.uid().unwrap_or_default();
+    let patch = Patch::Merge(json!({ "status": { "activePods": { pod_uid.as_str(): node } } }));
+    vmis.patch(name, &PatchParams::default(), &patch).await.with_context(|| format!("cannot complete the VMI {name}"))?;
+    Ok(Side { node: node.to_owned(), pod: pod_name, pod_uid })
+}
+
+/// The VMIs of a namespace.
+pub fn vmis(client: &Client, namespace: &str) -> Api<DynamicObject> {
+    Api::namespaced_with(client.clone(), namespace, &vmi_resource())
+}
+
+/// The VMIMs of a namespace.
+pub fn vmims(client: &Client, namespace: &str) -> Api<DynamicObject> {
+    Api::namespaced_with(client.clone(), namespace, &vmim_resource())
+}
+
+/// What the scheduler does: the API server refuses it while a gate is on the pod.
+pub(super) async fn bind(pods: &Api<Pod>, name: &str, node: &str) -> Result<()> {
+    let binding = json!({
+        "apiVersion": "v1",
+        "kind": "Binding",
+        "metadata": { "name": name },
+        "target": { "apiVersion": "v1", "kind": "Node", "name": node },
+    });
+    let bound: Result<Value, _> = pods.create_subresource("binding", name, &PostParams::default(), &binding).await;
+    bound.map(drop).with_context(|| format!("cannot bind the pod {name} to {node}"))
+}
+
+/// What the kubelet does: the pod runs and is ready.
+pub(super) async fn run(pods: &Api<Pod>, name: &str) -> Result<()> {
+    let now = now();
+    let condition = |kind: &str| json!({ "type": kind, "status": "True", "lastTransitionTime": now });
+    let conditions = ["PodScheduled", "Initialized", "ContainersReady", "Ready"].map(condition);
+    let status = json!({ "status": { "phase": "Running", "podIP": "127.0.0.1", "podIPs": [{ "ip": "127.0.0.1" }], "startTime": now,
+        "conditions": conditions } });
+    let patched = pods.patch_status(name, &PatchParams::default(), &Patch::Strategic(status)).await;
+    patched.map(drop).with_context(|| format!("cannot set the status of the pod {name}"))
+}
+
+/// The present time as Kubernetes writes it, whole seconds.
+pub(super) fn now() -> String {
+    jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
+}
