@@ -21,7 +21,7 @@ use crate::model::forecast::{Method, Verdict};
     derive = "PartialEq",
     shortname = "mf",
     shortname = "mforecast",
-    category = "kubevirt",
+    category = "migvisor",
     doc = "What a live migration of the VirtualMachineInstance of the same name would be like if it started now. \
            The spec is the question, written by migvisor's manager; the status is the answer of the agent on the VM's node.",
     printcolumn(
@@ -99,6 +99,12 @@ pub struct MigrationForecastSpec {
     /// The PredictionPolicy that this question follows; absent: the built-in one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub policy: Option<String>,
+    /// What KubeVirt does with a migration that has not converged when the budget ends; absent: `Abort`.
+    #[serde(default, skip_serializing_if = "BudgetEnd::is_abort")]
+    pub when_budget_ends: BudgetEnd,
+    /// KubeVirt lets QEMU throttle the guest until it converges. The forecast is of a migration without.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub auto_converge: bool,
     /// The guest is paused: predicted with no writes.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub paused: bool,
@@ -108,15 +114,37 @@ pub struct MigrationForecastSpec {
     pub outside_model: Option<String>,
 }
 
-/// Where a bandwidth was taken from: `MigrationConfiguration` (the KubeVirt object), `PredictionPolicy`, or `Unlimited` (nothing caps it: the line decides).
+/// Where a bandwidth was taken from: `MigrationConfiguration` (the KubeVirt object), `MigrationPolicy` (KubeVirt's), `PredictionPolicy` (ours),
+/// or `Unlimited` (nothing caps it: the line decides).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum BandwidthSource {
     /// KubeVirt's `bandwidthPerMigration`.
     MigrationConfiguration,
+    /// The same of the MigrationPolicy that applies.
+    MigrationPolicy,
     /// The policy's `bandwidth`.
     PredictionPolicy,
     /// Nothing caps it.
     Unlimited,
+}
+
+/// What KubeVirt does when the budget ends: `Abort` the migration, switch to `PostCopy`, or `Pause` the guest to finish.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum BudgetEnd {
+    /// The migration is aborted.
+    #[default]
+    Abort,
+    /// The guest goes on at the target and fetches what is missing.
+    PostCopy,
+    /// The guest is paused until the rest is copied.
+    Pause,
+}
+
+impl BudgetEnd {
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "the signature that serde calls")]
+    fn is_abort(&self) -> bool {
+        *self == Self::Abort
+    }
 }
 
 /// What a migration may cost the guest, beyond converging at all.
