@@ -73,7 +73,10 @@ fn handle(admission: &Admission, webhook: &'static str, body: &[u8]) -> Response
     let response = match Request::read(body) {
         Ok(request) => {
             let answer = if webhook == "mutate" { mutate(admission, &request) } else { validate(admission, &request) };
-            Json(request.review(answer)).into_response()
+            match request.review(answer) {
+                Ok(review) => Json(review).into_response(),
+                Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("cannot write the answer: {error}\n")).into_response(),
+            }
         }
         Err(error) => {
             admission.metrics.refused_bodies.inc();

@@ -5,11 +5,10 @@
 use std::collections::BTreeMap;
 
 use json_patch::{AddOperation, Patch, PatchOperation, RemoveOperation, jsonptr::PointerBuf};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use k8s_openapi::{ByteString, apimachinery::pkg::apis::meta::v1::ObjectMeta};
 use kube::{
     Resource,
     core::{
-        DynamicObject,
         admission::{self, AdmissionRequest, AdmissionResponse, AdmissionReview, Operation},
         response::StatusSummary,
     },
@@ -121,7 +120,7 @@ impl Request {
     }
 
     /// The whole answer.
-    pub(super) fn review(&self, answer: Answer) -> AdmissionReview<DynamicObject> {
+    pub(super) fn review(&self, answer: Answer) -> Result<Value, serde_json::Error> {
         let mut response = AdmissionResponse::from(&self.0);
         if let Some(message) = answer.denial {
             response = response.deny(message);
@@ -129,12 +128,14 @@ impl Request {
             response.result.code = 403;
             "Forbidden".clone_into(&mut response.result.reason);
         }
-        if !answer.patch.0.is_empty() {
-            // Writing our own small patch as JSON cannot fail; if it did, an answer without it is the one that harms nobody.
-            response = response.clone().with_patch(answer.patch).unwrap_or(response);
-        }
         response.warnings = Some(answer.warnings).filter(|warnings| !warnings.is_empty());
-        response.into_review()
+        let mut review = serde_json::to_value(response.into_review())?;
+        if let (false, Some(fields)) = (answer.patch.0.is_empty(), review.get_mut("response").and_then(Value::as_object_mut)) {
+            // Kubernetes documents base64; kube's own type writes an array of numbers.
+            fields.insert("patchType".to_owned(), json!("JSONPatch"));
+            fields.insert("patch".to_owned(), serde_json::to_value(ByteString(serde_json::to_vec(&answer.patch)?))?);
+        }
+        Ok(review)
     }
 }
 
