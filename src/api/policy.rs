@@ -25,11 +25,11 @@ use super::{
     category = "migvisor",
     doc = "What is wanted of live migrations, and what is done about those that would not meet it. One policy applies to a VM: the one whose \
            selectors match the most labels. Where none matches, migvisor only audits.",
-    printcolumn(name = "Mode", type_ = "string", json_path = ".spec.mode"),
-    printcolumn(name = "Bandwidth", type_ = "string", json_path = ".spec.bandwidth"),
-    printcolumn(name = "Downtime", type_ = "string", json_path = ".spec.sla.downtime"),
-    printcolumn(name = "Total", type_ = "string", json_path = ".spec.sla.totalTime"),
-    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
+    printcolumn = r#"{"name": "Mode", "type": "string", "jsonPath": ".spec.mode"}"#,
+    printcolumn = r#"{"name": "Bandwidth", "type": "string", "jsonPath": ".spec.bandwidth"}"#,
+    printcolumn = r#"{"name": "Downtime", "type": "string", "jsonPath": ".spec.sla.downtime"}"#,
+    printcolumn = r#"{"name": "Total", "type": "string", "jsonPath": ".spec.sla.totalTime"}"#,
+    printcolumn = r#"{"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"}"#
 )]
 #[serde(rename_all = "camelCase")]
 pub struct PredictionPolicySpec {
@@ -113,11 +113,13 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
 
-    fn labels(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
+    type Pairs<'a> = &'a [(&'a str, &'a str)];
+
+    fn labels(pairs: Pairs<'_>) -> BTreeMap<String, String> {
         pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect()
     }
 
-    fn policy(name: &str, selectors: Option<(&[(&str, &str)], &[(&str, &str)])>) -> PredictionPolicy {
+    fn policy(name: &str, selectors: Option<(Pairs<'_>, Pairs<'_>)>) -> PredictionPolicy {
         let selectors = selectors
             .map(|(ns, vmi)| Selectors { namespace_selector: labels(ns), virtual_machine_instance_selector: labels(vmi) });
         PredictionPolicy::new(name, PredictionPolicySpec { selectors, ..Default::default() })

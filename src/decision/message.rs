@@ -107,7 +107,7 @@ fn ways_out(input: &Input<'_>, present: &MigrationForecastSpec, forecast: &Forec
     if !forecast.sla_exceeded {
         match (present.when_budget_ends == BudgetEnd::PostCopy, present.auto_converge) {
             (false, false) => {
-                ways.push("allow post-copy or the throttling of the guest (allowPostCopy, allowAutoConverge)".to_owned())
+                ways.push("allow post-copy or the throttling of the guest (allowPostCopy, allowAutoConverge)".to_owned());
             }
             (false, true) => ways.push("allow post-copy (allowPostCopy)".to_owned()),
             (true, false) => ways.push("allow the throttling of the guest (allowAutoConverge)".to_owned()),

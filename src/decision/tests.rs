@@ -230,7 +230,7 @@ proptest! {
         let mut object = object(spec.clone(), &forecast, age);
         object.metadata.generation = Some(generation);
         let present = if moved { MigrationForecastSpec { node_name: "elsewhere".into(), ..spec } } else { spec };
-        let input = Input { origin, leaves_cluster, ..input(&object, &present, mode) };
+        let input = Input { leaves_cluster, origin, ..input(&object, &present, mode) };
         let decision = decide(&input);
 
         prop_assert_eq!(&decision, &decide(&input), "the same input, the same answer");

@@ -196,7 +196,7 @@ mod tests {
 
     use super::*;
 
-    fn guard(spec: serde_json::Value) -> DeserializeGuard<PredictionPolicy> {
+    fn guard(spec: &serde_json::Value) -> DeserializeGuard<PredictionPolicy> {
         let object = json!({
             "apiVersion": "migvisor.io/v1alpha1", "kind": "PredictionPolicy",
             "metadata": { "name": "p", "managedFields": [{ "manager": "kubectl" }] }, "spec": spec
@@ -210,7 +210,7 @@ mod tests {
         let mut feed = Feed { writer: Writer::default(), kind: "PredictionPolicy".into(), metrics: &metrics };
         let store = feed.writer.as_reader();
         let change = |_: &PredictionPolicy| Change::All;
-        let (good, odd) = (|| guard(json!({ "mode": "Warn" })), || guard(json!({ "mode": "Maybe" })));
+        let (good, odd) = (|| guard(&json!({ "mode": "Warn" })), || guard(&json!({ "mode": "Maybe" })));
 
         assert_eq!(feed.take(watcher::Event::Init, &change), None);
         assert_eq!(feed.take(watcher::Event::InitApply(odd()), &change), None);
