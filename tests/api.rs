@@ -145,7 +145,7 @@ fn an_answer_is_short_and_reads_back() {
     let measured = "2026-11-22T12:00:00Z".parse().unwrap();
     let status = MigrationForecastStatus::from_forecast(&forecast(), &question(), 3, measured);
     let object = serde_json::to_value(&status).unwrap();
-    assert_eq!(object["totalTime"], "3.7207s");
+    assert_eq!(object["totalTime"], "3.721s");
     assert_eq!(object["downtime"], "212.4ms");
     assert_eq!(object["leastConvergentBandwidth"], "64Mi");
     assert_eq!(object["bandwidth"], "100Mi");
@@ -160,7 +160,7 @@ fn an_answer_is_short_and_reads_back() {
     let back: MigrationForecastStatus = serde_json::from_value(object).unwrap();
     assert_eq!(back, status);
     let back = back.forecast().unwrap();
-    assert!((back.total_ms - 3_720.65).abs() < 0.06 && back.least_convergent_bandwidth == Some(64 << 20));
+    assert!((back.total_ms - 3_720.65).abs() < 0.6 && back.least_convergent_bandwidth == Some(64 << 20));
 }
 
 #[test]

@@ -275,6 +275,11 @@ pub fn annotations(status: &MigrationForecastStatus) -> BTreeMap<String, String>
     annotations
 }
 
+/// The annotations where nothing is known: a verdict and a reason, one of [`reason`].
+pub fn unknown_annotations(why: &str) -> BTreeMap<String, String> {
+    [(annotation::VERDICT.to_owned(), name(&Verdict::Unknown)), (annotation::REASON.to_owned(), why.to_owned())].into()
+}
+
 /// The name that serde gives a unit variant.
 fn name(value: &impl serde::Serialize) -> String {
     serde_json::to_value(value).ok().and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default()

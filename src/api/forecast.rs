@@ -21,51 +21,21 @@ use crate::model::forecast::{Method, Verdict};
     derive = "PartialEq",
     shortname = "mf",
     shortname = "mforecast",
-    category = "kubevirt",
+    category = "migvisor",
     doc = "What a live migration of the VirtualMachineInstance of the same name would be like if it started now. \
            The spec is the question, written by migvisor's manager; the status is the answer of the agent on the VM's node.",
-    printcolumn(
-        name = "Verdict",
-        type_ = "string",
-        json_path = ".status.verdict",
-        description = "Converges, Borderline, Fails or Unknown"
-    ),
-    printcolumn(
-        name = "LCB",
-        type_ = "string",
-        json_path = ".status.leastConvergentBandwidth",
-        description = "Least convergent bandwidth, bytes per second"
-    ),
-    printcolumn(
-        name = "Downtime",
-        type_ = "string",
-        json_path = ".status.downtime",
-        description = "How long the guest would be stopped"
-    ),
-    printcolumn(
-        name = "Total",
-        type_ = "string",
-        json_path = ".status.totalTime",
-        description = "How long the migration would take"
-    ),
-    printcolumn(
-        name = "Cost",
-        type_ = "number",
-        json_path = ".status.cost",
-        description = "Weighed sum of total time, downtime and pages sent"
-    ),
-    printcolumn(
-        name = "Method",
-        type_ = "string",
-        json_path = ".status.method",
-        description = "PC: pattern collector; DR: dry run"
-    ),
-    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
-    printcolumn(name = "Probability", type_ = "number", json_path = ".status.probability", priority = "1"),
-    printcolumn(name = "Bandwidth", type_ = "string", json_path = ".status.bandwidth", priority = "1"),
-    printcolumn(name = "Iterations", type_ = "integer", json_path = ".status.iterations", priority = "1"),
-    printcolumn(name = "Reason", type_ = "string", json_path = ".status.reason", priority = "1"),
-    printcolumn(name = "Node", type_ = "string", json_path = ".spec.nodeName", priority = "1")
+    printcolumn = r#"{"name": "Verdict", "type": "string", "description": "Converges, Borderline, Fails or Unknown", "jsonPath": ".status.verdict"}"#,
+    printcolumn = r#"{"name": "LCB", "type": "string", "description": "Least convergent bandwidth, bytes per second", "jsonPath": ".status.leastConvergentBandwidth"}"#,
+    printcolumn = r#"{"name": "Downtime", "type": "string", "description": "How long the guest would be stopped", "jsonPath": ".status.downtime"}"#,
+    printcolumn = r#"{"name": "Total", "type": "string", "description": "How long the migration would take", "jsonPath": ".status.totalTime"}"#,
+    printcolumn = r#"{"name": "Cost", "type": "number", "description": "Weighed sum of total time, downtime and pages sent", "jsonPath": ".status.cost"}"#,
+    printcolumn = r#"{"name": "Method", "type": "string", "description": "PC: pattern collector; DR: dry run", "jsonPath": ".status.method"}"#,
+    printcolumn = r#"{"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"}"#,
+    printcolumn = r#"{"name": "Probability", "type": "number", "jsonPath": ".status.probability", "priority": 1}"#,
+    printcolumn = r#"{"name": "Bandwidth", "type": "string", "jsonPath": ".status.bandwidth", "priority": 1}"#,
+    printcolumn = r#"{"name": "Iterations", "type": "integer", "jsonPath": ".status.iterations", "priority": 1}"#,
+    printcolumn = r#"{"name": "Reason", "type": "string", "jsonPath": ".status.reason", "priority": 1}"#,
+    printcolumn = r#"{"name": "Node", "type": "string", "jsonPath": ".spec.nodeName", "priority": 1}"#
 )]
 #[serde(rename_all = "camelCase")]
 pub struct MigrationForecastSpec {
@@ -99,6 +69,12 @@ pub struct MigrationForecastSpec {
     /// The PredictionPolicy that this question follows; absent: the built-in one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub policy: Option<String>,
+    /// What KubeVirt does with a migration that has not converged when the budget ends; absent: `Abort`.
+    #[serde(default, skip_serializing_if = "BudgetEnd::is_abort")]
+    pub when_budget_ends: BudgetEnd,
+    /// KubeVirt lets QEMU throttle the guest until it converges. The forecast is of a migration without.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub auto_converge: bool,
     /// The guest is paused: predicted with no writes.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub paused: bool,
@@ -108,15 +84,37 @@ pub struct MigrationForecastSpec {
     pub outside_model: Option<String>,
 }
 
-/// Where a bandwidth was taken from: `MigrationConfiguration` (the KubeVirt object), `PredictionPolicy`, or `Unlimited` (nothing caps it: the line decides).
+/// Where a bandwidth was taken from: `MigrationConfiguration` (the KubeVirt object), `MigrationPolicy` (KubeVirt's), `PredictionPolicy` (ours),
+/// or `Unlimited` (nothing caps it: the line decides).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum BandwidthSource {
     /// KubeVirt's `bandwidthPerMigration`.
     MigrationConfiguration,
+    /// The same of the MigrationPolicy that applies.
+    MigrationPolicy,
     /// The policy's `bandwidth`.
     PredictionPolicy,
     /// Nothing caps it.
     Unlimited,
+}
+
+/// What KubeVirt does when the budget ends: `Abort` the migration, switch to `PostCopy`, or `Pause` the guest to finish.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum BudgetEnd {
+    /// The migration is aborted.
+    #[default]
+    Abort,
+    /// The guest goes on at the target and fetches what is missing.
+    PostCopy,
+    /// The guest is paused until the rest is copied.
+    Pause,
+}
+
+impl BudgetEnd {
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "the signature that serde calls")]
+    fn is_abort(&self) -> bool {
+        *self == Self::Abort
+    }
 }
 
 /// What a migration may cost the guest, beyond converging at all.

@@ -6,13 +6,16 @@
 use std::collections::BTreeMap;
 
 use k8s_openapi::{
-    NamespaceResourceScope,
+    ClusterResourceScope, NamespaceResourceScope,
     apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time},
 };
 use kube::Resource;
 use serde::{Deserialize, Serialize};
 
-use super::scalar::{Quantity, lenient, lenient_u64};
+use super::{
+    policy::{Selecting, Selectors},
+    scalar::{Quantity, lenient, lenient_u64},
+};
 
 macro_rules! resource {
     ($type:ident, $kind:literal, $plural:literal) => {
@@ -302,4 +305,57 @@ pub struct MigrationConfiguration {
     /// Switch to post-copy or pause the guest when the budget is over; as `allow_post_copy` when absent.
     #[serde(deserialize_with = "lenient")]
     pub allow_workload_disruption: Option<bool>,
+}
+
+/// Overrides the configuration for the VMs that it selects (`migrations.kubevirt.io`, cluster-scoped).
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default)]
+pub struct MigrationPolicy {
+    /// Name.
+    pub metadata: ObjectMeta,
+    /// What it overrides, and where.
+    #[serde(deserialize_with = "lenient")]
+    pub spec: MigrationPolicySpec,
+}
+
+/// `spec` of a MigrationPolicy.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default)]
+pub struct MigrationPolicySpec {
+    /// Which VMs; absent: none.
+    #[serde(deserialize_with = "lenient")]
+    pub selectors: Option<Selectors>,
+    /// What it says instead.
+    #[serde(flatten)]
+    pub configuration: MigrationConfiguration,
+}
+
+impl Resource for MigrationPolicy {
+    type DynamicType = ();
+    type Scope = ClusterResourceScope;
+
+    fn kind((): &()) -> std::borrow::Cow<'_, str> {
+        "MigrationPolicy".into()
+    }
+    fn group((): &()) -> std::borrow::Cow<'_, str> {
+        "migrations.kubevirt.io".into()
+    }
+    fn version((): &()) -> std::borrow::Cow<'_, str> {
+        "v1alpha1".into()
+    }
+    fn plural((): &()) -> std::borrow::Cow<'_, str> {
+        "migrationpolicies".into()
+    }
+    fn meta(&self) -> &ObjectMeta {
+        &self.metadata
+    }
+    fn meta_mut(&mut self) -> &mut ObjectMeta {
+        &mut self.metadata
+    }
+}
+
+impl Selecting for MigrationPolicy {
+    fn selectors(&self) -> Option<&Selectors> {
+        self.spec.selectors.as_ref()
+    }
 }

@@ -2,9 +2,9 @@
 //!
 //! Selectors and precedence are those of KubeVirt's MigrationPolicy (KubeVirt 1.9, `migrationpolicy.go`).
 
-use std::collections::BTreeMap;
+use std::{cmp::Reverse, collections::BTreeMap, sync::Arc};
 
-use kube::{CustomResource, ResourceExt};
+use kube::{CustomResource, Resource, ResourceExt};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -22,14 +22,14 @@ use super::{
     plural = "predictionpolicies",
     derive = "PartialEq",
     shortname = "pp",
-    category = "kubevirt",
+    category = "migvisor",
     doc = "What is wanted of live migrations, and what is done about those that would not meet it. One policy applies to a VM: the one whose \
            selectors match the most labels. Where none matches, migvisor only audits.",
-    printcolumn(name = "Mode", type_ = "string", json_path = ".spec.mode"),
-    printcolumn(name = "Bandwidth", type_ = "string", json_path = ".spec.bandwidth"),
-    printcolumn(name = "Downtime", type_ = "string", json_path = ".spec.sla.downtime"),
-    printcolumn(name = "Total", type_ = "string", json_path = ".spec.sla.totalTime"),
-    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
+    printcolumn = r#"{"name": "Mode", "type": "string", "jsonPath": ".spec.mode"}"#,
+    printcolumn = r#"{"name": "Bandwidth", "type": "string", "jsonPath": ".spec.bandwidth"}"#,
+    printcolumn = r#"{"name": "Downtime", "type": "string", "jsonPath": ".spec.sla.downtime"}"#,
+    printcolumn = r#"{"name": "Total", "type": "string", "jsonPath": ".spec.sla.totalTime"}"#,
+    printcolumn = r#"{"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"}"#
 )]
 #[serde(rename_all = "camelCase")]
 pub struct PredictionPolicySpec {
@@ -74,33 +74,38 @@ pub enum Mode {
     Enforce,
 }
 
+/// A policy that picks VMs by labels, as KubeVirt's MigrationPolicy and our PredictionPolicy do.
+pub trait Selecting: Resource {
+    /// Its selectors; `None` picks nothing.
+    fn selectors(&self) -> Option<&Selectors>;
+}
+
+impl Selecting for PredictionPolicy {
+    fn selectors(&self) -> Option<&Selectors> {
+        self.spec.selectors.as_ref()
+    }
+}
+
 /// The one policy that applies: the most labels matched, then the most labels of the VM, then the first name.
-pub fn select<'a, P: AsRef<PredictionPolicy>>(
-    policies: &'a [P],
+pub fn select<P: Selecting>(
+    policies: impl IntoIterator<Item = Arc<P>>,
     namespace_labels: &BTreeMap<String, String>,
     vmi_labels: &BTreeMap<String, String>,
-) -> Option<&'a PredictionPolicy> {
+) -> Option<Arc<P>> {
     let matches = |selector: &BTreeMap<String, String>, labels: &BTreeMap<String, String>| {
-        selector.iter().all(|(k, v)| labels.get(k) == Some(v))
+        selector.iter().all(|(key, value)| labels.get(key) == Some(value))
     };
     policies
-        .iter()
-        .map(AsRef::as_ref)
-        .filter(|policy| policy.metadata.deletion_timestamp.is_none())
+        .into_iter()
+        .filter(|policy| policy.meta().deletion_timestamp.is_none())
         .filter_map(|policy| {
-            let selectors = policy.spec.selectors.as_ref()?;
+            let selectors = policy.selectors()?;
             let (of_namespace, of_vmi) = (&selectors.namespace_selector, &selectors.virtual_machine_instance_selector);
-            (matches(of_namespace, namespace_labels) && matches(of_vmi, vmi_labels))
-                .then(|| ((of_vmi.len() + of_namespace.len(), of_vmi.len(), std::cmp::Reverse(policy.name_any())), policy))
+            let precedence = (of_vmi.len() + of_namespace.len(), of_vmi.len(), Reverse(policy.name_any()));
+            (matches(of_namespace, namespace_labels) && matches(of_vmi, vmi_labels)).then_some((precedence, policy))
         })
         .max_by(|(a, _), (b, _)| a.cmp(b))
         .map(|(_, policy)| policy)
-}
-
-impl AsRef<PredictionPolicy> for PredictionPolicy {
-    fn as_ref(&self) -> &PredictionPolicy {
-        self
-    }
 }
 
 #[cfg(test)]
@@ -108,11 +113,13 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
 
-    fn labels(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
+    type Pairs<'a> = &'a [(&'a str, &'a str)];
+
+    fn labels(pairs: Pairs<'_>) -> BTreeMap<String, String> {
         pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect()
     }
 
-    fn policy(name: &str, selectors: Option<(&[(&str, &str)], &[(&str, &str)])>) -> PredictionPolicy {
+    fn policy(name: &str, selectors: Option<(Pairs<'_>, Pairs<'_>)>) -> PredictionPolicy {
         let selectors = selectors
             .map(|(ns, vmi)| Selectors { namespace_selector: labels(ns), virtual_machine_instance_selector: labels(vmi) });
         PredictionPolicy::new(name, PredictionPolicySpec { selectors, ..Default::default() })
@@ -122,7 +129,9 @@ mod tests {
     fn precedence_is_kubevirts() {
         let ns = labels(&[("team", "a"), ("zone", "1")]);
         let vmi = labels(&[("app", "db"), ("tier", "gold")]);
-        let pick = |policies: &[PredictionPolicy]| select(policies, &ns, &vmi).map(ResourceExt::name_any);
+        let pick = |policies: &[PredictionPolicy]| {
+            select(policies.iter().cloned().map(Arc::new), &ns, &vmi).map(|policy| policy.name_any())
+        };
 
         assert_eq!(pick(&[]), None);
         assert_eq!(pick(&[policy("none", None)]), None, "absent selectors match nothing");

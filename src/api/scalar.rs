@@ -111,8 +111,9 @@ impl Duration {
 
     /// From a number of milliseconds; what is no length of time (negative, not a number) becomes 0, what is too long the longest.
     pub fn from_ms(ms: f64) -> Self {
-        // A tenth of a millisecond is below what any of our figures resolves; more digits would only change for change's sake.
-        let seconds = (ms.max(0.0) * 10.0).round() / 10_000.0;
+        // More digits than our figures resolve would only change for change's sake: tenths of a millisecond below a second, else whole ones.
+        let ms = ms.max(0.0);
+        let seconds = if ms < 1000.0 { (ms * 10.0).round() / 10_000.0 } else { ms.round() / 1000.0 };
         time::Duration::try_from_secs_f64(seconds).map_or(Self::LONGEST, |duration| Self(duration).min(Self::LONGEST))
     }
 

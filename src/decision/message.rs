@@ -1,0 +1,132 @@
+//! What a person is told: what would happen, the bandwidth it needs, the ways out. One paragraph.
+
+use super::{HOPELESS, Input, Origin};
+use crate::{
+    api::{
+        MigrationForecastSpec,
+        forecast::{BandwidthSource, BudgetEnd},
+        policy::Mode,
+        scalar::Duration,
+    },
+    model::{
+        forecast::{Forecast, Verdict},
+        units::{Bandwidth, Bytes, BytesPerSecond},
+    },
+};
+
+/// The whole paragraph.
+pub(super) fn compose(input: &Input<'_>, present: &MigrationForecastSpec, forecast: &Forecast) -> String {
+    let vm = input.vm;
+    let total = Duration::from_ms(forecast.total_ms).human();
+    let at = at_bandwidth(present);
+    let downtime =
+        forecast.downtime_ms.map_or_else(String::new, |ms| format!(", the guest stopped for {}", Duration::from_ms(ms).human()));
+    let what = match forecast.verdict {
+        Verdict::Unknown => return format!("migvisor has no forecast for the live migration of {vm}."),
+        Verdict::Converges => {
+            return format!("migvisor forecasts that the live migration of {vm} {at} would take {total}{downtime}.");
+        }
+        Verdict::Borderline if forecast.sla_exceeded => {
+            let sla = present.sla.unwrap_or_default();
+            let limits: Vec<_> = [("total time", sla.total_time), ("downtime", sla.downtime)]
+                .into_iter()
+                .filter_map(|(what, limit)| limit.map(|limit| format!("a {what} of at most {}", limit.human())))
+                .collect();
+            format!(
+                "migvisor forecasts that the live migration of {vm} would break its SLA: {at} it would take {total}{downtime}; wanted is {}",
+                limits.join(" and ")
+            )
+        }
+        Verdict::Borderline => format!(
+            "migvisor forecasts that the live migration of {vm} may not converge: {at} it succeeds in {:.0} % of the replays of what the guest \
+             writes, taking {total}{downtime}",
+            forecast.probability * 100.0
+        ),
+        Verdict::Fails => failure(vm, &at, present, forecast),
+    };
+    format!("{what}. {}. Ways out: {}.", needs(forecast), ways_out(input, present, forecast).join("; "))
+}
+
+fn failure(vm: &str, at: &str, present: &MigrationForecastSpec, forecast: &Forecast) -> String {
+    let sure = if forecast.probability <= HOPELESS { "would fail" } else { "would very probably fail" };
+    let sent = Bytes(forecast.transferred_bytes).human();
+    let memory =
+        present.guest_memory.bytes().map_or_else(|_| String::new(), |memory| format!(" for {} of memory", memory.human()));
+    let Some(budget) = present.time_budget else {
+        return format!(
+            "migvisor forecasts that the live migration of {vm} {sure}: {at} it would never end, because the guest dirties memory faster than \
+             that carries it, and no time budget would stop it (completionTimeoutPerGiB is 0)"
+        );
+    };
+    let end = match present.when_budget_ends {
+        BudgetEnd::Abort => "KubeVirt would then abort it",
+        BudgetEnd::PostCopy => "KubeVirt would then switch it to post-copy",
+        BudgetEnd::Pause => "KubeVirt would then pause the guest to finish",
+    };
+    // A guest that is merely too large for the budget dirties nothing to speak of: it was not even copied once.
+    let cause = if forecast.iterations > 1 { ", because the guest dirties memory faster than that carries it" } else { "" };
+    format!(
+        "migvisor forecasts that the live migration of {vm} {sure}: {at} it would still be copying when its time budget of {} is over, having \
+         sent {sent}{memory}{cause}. {end}",
+        budget.human()
+    )
+}
+
+fn at_bandwidth(present: &MigrationForecastSpec) -> String {
+    match present.bandwidth.bandwidth() {
+        Ok(Bandwidth::Capped(rate)) => format!("at {}", rate.human()),
+        _ => "without a bandwidth cap".to_owned(),
+    }
+}
+
+fn needs(forecast: &Forecast) -> String {
+    match forecast.least_convergent_bandwidth {
+        Some(rate) => format!("It needs at least {}", BytesPerSecond(rate).human()),
+        None => "No bandwidth that the line carries would make it converge".to_owned(),
+    }
+}
+
+fn ways_out(input: &Input<'_>, present: &MigrationForecastSpec, forecast: &Forecast) -> Vec<String> {
+    let mut ways = Vec::new();
+    let capped = matches!(present.bandwidth.bandwidth(), Ok(Bandwidth::Capped(_)));
+    if let (Some(rate), true) = (forecast.least_convergent_bandwidth, capped) {
+        let rate = whole_mebibytes(rate);
+        ways.push(match (present.bandwidth_source, input.policy) {
+            (BandwidthSource::PredictionPolicy, Some(policy)) => {
+                format!("offer at least {rate} of bandwidth, and say so in the PredictionPolicy {policy}")
+            }
+            (BandwidthSource::MigrationPolicy, _) => {
+                format!("raise bandwidthPerMigration of its MigrationPolicy to at least {rate}")
+            }
+            _ => format!("raise bandwidthPerMigration to at least {rate}"),
+        });
+    }
+    if forecast.verdict == Verdict::Fails && present.time_budget.is_some() {
+        ways.push("allow it more time (a larger completionTimeoutPerGiB)".to_owned());
+    }
+    if !forecast.sla_exceeded {
+        match (present.when_budget_ends == BudgetEnd::PostCopy, present.auto_converge) {
+            (false, false) => {
+                ways.push("allow post-copy or the throttling of the guest (allowPostCopy, allowAutoConverge)".to_owned());
+            }
+            (false, true) => ways.push("allow post-copy (allowPostCopy)".to_owned()),
+            (true, false) => ways.push("allow the throttling of the guest (allowAutoConverge)".to_owned()),
+            (true, true) => {}
+        }
+    }
+    ways.push("migrate when the guest writes less".to_owned());
+    if let (Some(policy), Mode::Enforce, Verdict::Fails, Origin::Person) =
+        (input.policy, input.mode, forecast.verdict, input.origin)
+    {
+        ways.push(format!(
+            "let it through all the same: kubectl patch predictionpolicy {policy} --type=merge -p '{{\"spec\":{{\"mode\":\"Warn\"}}}}', or delete \
+             the policy"
+        ));
+    }
+    ways
+}
+
+/// KubeVirt rounds bandwidths to whole MiB: round up, so that what is advised suffices.
+fn whole_mebibytes(rate: u64) -> String {
+    format!("{}Mi", rate.div_ceil(1 << 20))
+}

@@ -1,0 +1,156 @@
+//! Writes what [`super::observe`] decided, and nothing else: the manager's part of forecasts, and events. Never a VM, never a migration.
+
+use std::{fmt, time::Duration};
+
+use k8s_openapi::api::core::v1::ObjectReference;
+use kube::{
+    Api, Client, ResourceExt,
+    api::{DeleteParams, Patch, PatchParams, Preconditions},
+    runtime::events::{Event, EventType, Recorder, Reporter},
+};
+use serde_json::json;
+use tokio::time::timeout;
+use tracing::warn;
+
+use super::{
+    metrics::ManagerMetrics,
+    observe::{Notice, OwnStatus},
+};
+use crate::api::{MigrationForecast, names};
+
+/// An API server that takes longer is treated as one that is away.
+const PATIENCE: Duration = Duration::from_secs(15);
+
+/// What an event can carry, in bytes.
+const NOTE: usize = 1000;
+
+/// Why something could not be written. It is tried again, with backoff.
+#[derive(Debug, thiserror::Error)]
+pub enum WriteError {
+    /// The API server refused.
+    #[error("cannot {what} {object}: {source}")]
+    Refused {
+        /// Which write.
+        what: &'static str,
+        /// Of what.
+        object: String,
+        /// Why.
+        source: Box<kube::Error>,
+    },
+    /// The API server did not answer.
+    #[error("cannot {what} {object}: the API server did not answer within {} s", PATIENCE.as_secs())]
+    Timeout {
+        /// Which write.
+        what: &'static str,
+        /// Of what.
+        object: String,
+    },
+}
+
+/// The writing end.
+#[derive(Clone)]
+pub(super) struct Writer {
+    client: Client,
+    recorder: Recorder,
+    metrics: ManagerMetrics,
+}
+
+impl fmt::Debug for Writer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Writer")
+    }
+}
+
+impl Writer {
+    pub(super) fn new(client: Client, instance: Option<String>, metrics: ManagerMetrics) -> Self {
+        let recorder = Recorder::new(client.clone(), Reporter { controller: names::MANAGER.to_owned(), instance });
+        Self { client, recorder, metrics }
+    }
+
+    fn api(&self, forecast: &MigrationForecast) -> Api<MigrationForecast> {
+        Api::namespaced(self.client.clone(), forecast.metadata.namespace.as_deref().unwrap_or_default())
+    }
+
+    /// Writes the question.
+    pub(super) async fn ask(&self, wanted: &MigrationForecast) -> Result<(), WriteError> {
+        let (api, name) = (self.api(wanted), wanted.name_any());
+        let parameters = PatchParams::apply(names::MANAGER).force();
+        self.write("apply", "forecast", wanted, api.patch(&name, &parameters, &Patch::Apply(wanted))).await.map(drop)
+    }
+
+    /// Writes the manager's part of the status.
+    pub(super) async fn tell(&self, forecast: &MigrationForecast, own: &OwnStatus) -> Result<(), WriteError> {
+        let (api, name) = (self.api(forecast), forecast.name_any());
+        let mut status = json!({ "conditions": own.conditions });
+        if let (Some(outcome), Some(fields)) = (&own.outcome, status.as_object_mut()) {
+            fields.insert("outcome".to_owned(), json!(outcome));
+        }
+        let body = json!({
+            "apiVersion": "migvisor.io/v1alpha1", "kind": "MigrationForecast",
+            "metadata": { "name": name }, "status": status,
+        });
+        let parameters = PatchParams::apply(names::MANAGER).force();
+        self.write("apply the status of", "status", forecast, api.patch_status(&name, &parameters, &Patch::Apply(&body)))
+            .await
+            .map(drop)
+    }
+
+    /// Deletes a forecast that nothing is to be asked by any more, if it still is the one that was seen.
+    pub(super) async fn delete(&self, forecast: &MigrationForecast) -> Result<(), WriteError> {
+        let (api, name) = (self.api(forecast), forecast.name_any());
+        let parameters = DeleteParams {
+            preconditions: Some(Preconditions { uid: forecast.uid(), resource_version: None }),
+            ..DeleteParams::default()
+        };
+        match self.write("delete", "forecast", forecast, api.delete(&name, &parameters)).await {
+            Err(WriteError::Refused { source, .. }) if matches!(&*source, kube::Error::Api(status) if status.code == 404) => {
+                Ok(())
+            }
+            result => result.map(drop),
+        }
+    }
+
+    /// Publishes an event. Events are a courtesy: a failure is logged, and nothing waits for it.
+    pub(super) async fn notify(&self, about: &ObjectReference, notice: Notice) {
+        let mut note = notice.note;
+        if note.len() > NOTE {
+            let end = (0..=NOTE).rev().find(|end| note.is_char_boundary(*end)).unwrap_or(0);
+            note.truncate(end);
+            note.push('…');
+        }
+        let event = Event {
+            type_: if notice.warning { EventType::Warning } else { EventType::Normal },
+            reason: notice.reason.to_owned(),
+            note: Some(note),
+            action: "Forecast".to_owned(),
+            secondary: None,
+        };
+        let result = timeout(PATIENCE, self.recorder.publish(&event, about)).await;
+        let result = result.map_err(|_| "no answer".to_owned()).and_then(|result| result.map_err(|error| error.to_string()));
+        self.count("event", result.is_ok());
+        if let Err(error) = result {
+            warn!(reason = event.reason, namespace = about.namespace, name = about.name, error, "cannot publish an event");
+        }
+    }
+
+    async fn write<T>(
+        &self,
+        what: &'static str,
+        label: &str,
+        forecast: &MigrationForecast,
+        call: impl Future<Output = kube::Result<T>>,
+    ) -> Result<T, WriteError> {
+        let object = || format!("MigrationForecast {}/{}", forecast.namespace().unwrap_or_default(), forecast.name_any());
+        let result = match timeout(PATIENCE, call).await {
+            Ok(Ok(done)) => Ok(done),
+            Ok(Err(source)) => Err(WriteError::Refused { what, object: object(), source: Box::new(source) }),
+            Err(_) => Err(WriteError::Timeout { what, object: object() }),
+        };
+        self.count(label, result.is_ok());
+        result
+    }
+
+    fn count(&self, label: &str, worked: bool) {
+        self.metrics.writes.with_label_values(&[label, if worked { "success" } else { "failure" }]).inc();
+    }
+}

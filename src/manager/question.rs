@@ -1,0 +1,187 @@
+//! What should be asked about a VM: from the VM, KubeVirt's configuration and the policies to the spec of its MigrationForecast. Pure.
+//!
+//! Admission computes the same: an answer to any other question does not count.
+
+use std::time::Duration;
+
+use kube::{Resource, ResourceExt};
+
+use crate::{
+    api::{
+        MigrationForecast, MigrationForecastSpec, PredictionPolicy,
+        forecast::{BandwidthSource, BudgetEnd},
+        kubevirt::{KubeVirt, MigrationConfiguration, MigrationPolicy, VirtualMachineInstance},
+        names::NODE_LABEL,
+    },
+    model::{
+        kubevirt::{DEFAULT_COMPLETION_TIMEOUT_PER_GIB, time_budget},
+        units::{Bandwidth, Bytes, BytesPerSecond},
+    },
+};
+
+/// QEMU's default, which KubeVirt leaves alone unless its gate `MigrationStallDetection` is on.
+const DOWNTIME_LIMIT: Duration = Duration::from_millis(300);
+
+const MIB: u64 = 1 << 20;
+
+/// KubeVirt's configuration as it would reach a migration of one VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Effective {
+    /// QEMU's cap.
+    pub bandwidth: Bandwidth,
+    /// Where it comes from.
+    pub source: BandwidthSource,
+    /// Seconds per 10⁹ bytes.
+    pub completion_timeout_per_gib: u64,
+    /// What happens when the budget ends.
+    pub when_budget_ends: BudgetEnd,
+    /// The guest is throttled.
+    pub auto_converge: bool,
+}
+
+/// The configuration of the cluster, with the fields that the winning MigrationPolicy sets laid over it (KubeVirt 1.9,
+/// `migrationpolicy.go`). What cannot be read counts as absent.
+pub fn effective(cluster: Option<&KubeVirt>, policy: Option<&MigrationPolicy>) -> Effective {
+    let default = MigrationConfiguration::default();
+    let below = cluster.map_or(&default, |kubevirt| &kubevirt.spec.configuration.migrations);
+    let above = policy.map_or(&default, |policy| &policy.spec.configuration);
+
+    let rate = |configuration: &MigrationConfiguration| {
+        configuration.bandwidth_per_migration.as_ref().and_then(|quantity| quantity.rate().ok())
+    };
+    let (rate, source) = match (rate(above), rate(below)) {
+        (Some(rate), _) => (rate, BandwidthSource::MigrationPolicy),
+        (None, rate) => (rate.unwrap_or_default(), BandwidthSource::MigrationConfiguration),
+    };
+    let bandwidth = whole_mebibytes(rate);
+
+    let post_copy = above.allow_post_copy.or(below.allow_post_copy).unwrap_or(false);
+    // Where a level sets post-copy and says nothing of disruption, disruption follows.
+    let of = |level: &MigrationConfiguration| level.allow_workload_disruption.or(level.allow_post_copy);
+    let disruption = of(above).or(of(below)).unwrap_or(false);
+    Effective {
+        bandwidth,
+        source: if bandwidth == Bandwidth::Unlimited { BandwidthSource::Unlimited } else { source },
+        completion_timeout_per_gib: above
+            .completion_timeout_per_gib
+            .or(below.completion_timeout_per_gib)
+            .unwrap_or(DEFAULT_COMPLETION_TIMEOUT_PER_GIB),
+        when_budget_ends: match (disruption, post_copy) {
+            (true, true) => BudgetEnd::PostCopy,
+            (true, false) => BudgetEnd::Pause,
+            (false, _) => BudgetEnd::Abort,
+        },
+        auto_converge: above.allow_auto_converge.or(below.allow_auto_converge).unwrap_or(false),
+    }
+}
+
+/// KubeVirt hands libvirt whole MiB/s, rounded to the nearest, at least one (`vcpu.go`).
+fn whole_mebibytes(rate: BytesPerSecond) -> Bandwidth {
+    match rate.0 {
+        0 => Bandwidth::Unlimited,
+        bytes => Bandwidth::Capped(BytesPerSecond((bytes.saturating_add(MIB / 2) / MIB).max(1).saturating_mul(MIB))),
+    }
+}
+
+/// What to do about a VM's forecast.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Desired {
+    /// Ask this.
+    Ask(Box<MigrationForecastSpec>),
+    /// Leave what there is: the VM's state is in between (it starts, or hands over).
+    Wait,
+    /// Nothing is to be asked any more: it does not run, or can never migrate.
+    Nothing,
+}
+
+/// What should be asked about this VM now.
+pub fn desired(vmi: &VirtualMachineInstance, effective: &Effective, policy: Option<&PredictionPolicy>) -> Desired {
+    match vmi.status.phase.as_str() {
+        "Running" => {}
+        "Succeeded" | "Failed" => return Desired::Nothing,
+        _ => return Desired::Wait,
+    }
+    let outside_model = outside_model(vmi);
+    // Block migrations are told apart by their own reason; every other obstacle means that KubeVirt will not migrate it at all.
+    if vmi.condition("LiveMigratable").is_some_and(|condition| condition.status == "False") && outside_model.is_none() {
+        return Desired::Nothing;
+    }
+    let (Some(pod_uid), Some(guest_memory), false) = (vmi.pod_uid(), guest_memory(vmi), vmi.status.node_name.is_empty()) else {
+        return Desired::Wait;
+    };
+    let (bandwidth, bandwidth_source) = offered(effective, policy);
+    let spec = policy.map(|policy| &policy.spec);
+    Desired::Ask(Box::new(MigrationForecastSpec {
+        node_name: vmi.status.node_name.clone(),
+        pod_uid: pod_uid.to_owned(),
+        guest_memory: guest_memory.into(),
+        bandwidth: bandwidth.into(),
+        bandwidth_source,
+        downtime_limit: DOWNTIME_LIMIT.into(),
+        time_budget: time_budget(effective.completion_timeout_per_gib, guest_memory).map(Into::into),
+        sla: spec.and_then(|spec| spec.sla),
+        cost_weights: spec.and_then(|spec| spec.cost_weights),
+        host: None,
+        policy: policy.map(ResourceExt::name_any),
+        when_budget_ends: effective.when_budget_ends,
+        auto_converge: effective.auto_converge,
+        paused: vmi.is("Paused"),
+        outside_model: outside_model.map(str::to_owned),
+    }))
+}
+
+/// The less of KubeVirt's cap and what the policy says can be counted on.
+fn offered(effective: &Effective, policy: Option<&PredictionPolicy>) -> (Bandwidth, BandwidthSource) {
+    let counted_on = policy
+        .and_then(|policy| policy.spec.bandwidth.as_ref())
+        .and_then(|quantity| quantity.bandwidth().ok())
+        .and_then(Bandwidth::cap);
+    match (effective.bandwidth.cap(), counted_on) {
+        (Some(cap), Some(rate)) if rate >= cap => (effective.bandwidth, effective.source),
+        (_, Some(rate)) => (Bandwidth::Capped(rate), BandwidthSource::PredictionPolicy),
+        (_, None) => (effective.bandwidth, effective.source),
+    }
+}
+
+/// `spec.domain.memory.guest`, else what the pod requests: what KubeVirt's budget counts, too.
+fn guest_memory(vmi: &VirtualMachineInstance) -> Option<Bytes> {
+    let quantity = vmi.spec.domain.memory.guest.as_ref().or_else(|| vmi.spec.domain.resources.requests.get("memory"))?;
+    quantity.bytes().ok().filter(|bytes| bytes.0 > 0)
+}
+
+/// Why the model does not cover a migration of this VM.
+fn outside_model(vmi: &VirtualMachineInstance) -> Option<&'static str> {
+    if vmi.status.migration_method == "BlockMigration" {
+        Some("its disks move with it (block migration), which the model does not cover")
+    } else if !vmi.status.migrated_volumes.is_empty() {
+        Some("volumes move with it, which the model does not cover")
+    } else if !vmi.spec.domain.devices.host_devices.is_empty() || !vmi.spec.domain.devices.gpus.is_empty() {
+        Some("it uses devices of its host (VFIO), whose writes the model does not see")
+    } else {
+        None
+    }
+}
+
+/// The whole object as the manager applies it: owned by the VM, labelled for the agent of its node. `None`: the VM has no name or UID yet.
+pub fn object(vmi: &VirtualMachineInstance, spec: MigrationForecastSpec) -> Option<MigrationForecast> {
+    let mut owner = vmi.owner_ref(&())?;
+    // Deleting a VM must not wait for its forecast.
+    owner.block_owner_deletion = Some(false);
+    let mut forecast = MigrationForecast::new(&owner.name, spec);
+    forecast.metadata.namespace = vmi.namespace();
+    forecast.metadata.labels = Some([(NODE_LABEL.to_owned(), forecast.spec.node_name.clone())].into());
+    forecast.metadata.owner_references = Some(vec![owner]);
+    Some(forecast)
+}
+
+/// Does what is stored differ from what is wanted, in what the manager owns?
+pub fn differs(stored: Option<&MigrationForecast>, wanted: &MigrationForecast) -> bool {
+    let Some(stored) = stored else { return true };
+    stored.spec != wanted.spec
+        || stored.labels().get(NODE_LABEL) != wanted.labels().get(NODE_LABEL)
+        || wanted.owner_references().iter().any(|wanted| stored.owner_references().iter().all(|stored| stored.uid != wanted.uid))
+}
+
+#[cfg(test)]
+#[path = "question_tests.rs"]
+mod tests;

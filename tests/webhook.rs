@@ -1,0 +1,350 @@
+//! Admission over HTTP, in process: reviews as an API server posts them, answers as it reads them.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+use axum::{
+    Router,
+    body::{Body, to_bytes},
+    http::{Request, StatusCode},
+};
+use k8s_openapi::jiff::Timestamp;
+use kube::{
+    Resource,
+    runtime::{reflector::store::Writer, watcher::Event},
+};
+use migvisor::{
+    api::names::{annotation, kubevirt},
+    manager::knowledge::{Feeds, Knowledge},
+    webhook::{Admission, AdmissionMetrics, BODY_LIMIT, router},
+};
+use prometheus::core::Collector;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+use tower::ServiceExt;
+
+fn fill<K: Resource<DynamicType = ()> + Clone + DeserializeOwned + 'static>(writer: &mut Writer<K>, objects: &[Value]) {
+    writer.apply_watcher_event(&Event::Init);
+    for object in objects {
+        writer.apply_watcher_event(&Event::InitApply(serde_json::from_value(object.clone()).unwrap()));
+    }
+    writer.apply_watcher_event(&Event::InitDone);
+}
+
+/// A cluster with the VM `shop/wild`, whose forecast says that it fails, under a policy of this mode (or none).
+fn cluster(mode: Option<&str>, forecast_status: Option<Value>) -> (Router, AdmissionMetrics) {
+    let (knowledge, mut feeds): (Knowledge, Feeds) = Knowledge::new();
+    fill(
+        &mut feeds.vmis,
+        &[json!({
+            "metadata": { "name": "wild", "namespace": "shop", "uid": "uid-wild", "labels": { "app": "db" } },
+            "spec": { "domain": { "memory": { "guest": "1Gi" } } },
+            "status": { "phase": "Running", "nodeName": "node-1", "activePods": { "pod-1": "node-1" } }
+        })],
+    );
+    fill(
+        &mut feeds.kubevirts,
+        &[json!({
+            "metadata": { "name": "kubevirt", "namespace": "kubevirt" },
+            "spec": { "configuration": { "migrations": { "bandwidthPerMigration": "100Mi", "completionTimeoutPerGiB": 20 } } }
+        })],
+    );
+    fill(&mut feeds.namespaces, &[json!({ "metadata": { "name": "shop", "labels": { "team": "a" } } })]);
+    let policies: Vec<_> = mode
+        .map(|mode| {
+            json!({
+                "apiVersion": "migvisor.io/v1alpha1", "kind": "PredictionPolicy", "metadata": { "name": "strict" },
+                "spec": { "selectors": { "namespaceSelector": { "team": "a" } }, "mode": mode }
+            })
+        })
+        .into_iter()
+        .collect();
+    fill(&mut feeds.policies, &policies);
+    let mut spec = json!({
+        "nodeName": "node-1", "podUID": "pod-1", "guestMemory": "1Gi", "bandwidth": "100Mi", "bandwidthSource": "MigrationConfiguration",
+        "downtimeLimit": "300ms", "timeBudget": "40s"
+    });
+    if mode.is_some() {
+        spec["policy"] = json!("strict");
+    }
+    let forecasts: Vec<_> = forecast_status
+        .map(|status| {
+            json!({
+                "apiVersion": "migvisor.io/v1alpha1", "kind": "MigrationForecast",
+                "metadata": { "name": "wild", "namespace": "shop", "generation": 3 }, "spec": spec, "status": status
+            })
+        })
+        .into_iter()
+        .collect();
+    fill(&mut feeds.forecasts, &forecasts);
+    let metrics = AdmissionMetrics::new().unwrap();
+    let clock: fn() -> Timestamp = || "2026-11-22T12:00:00Z".parse().unwrap();
+    (router(Admission::new(knowledge, metrics.clone()).with_clock(clock)), metrics)
+}
+
+fn failing() -> Option<Value> {
+    Some(json!({
+        "observedGeneration": 3, "measuredAt": "2026-11-22T11:55:00Z", "verdict": "Fails", "reason": "BudgetExceeded", "probability": 0.0,
+        "method": "PC", "iterations": 40, "convergenceTime": "40s", "totalTime": "40s", "dirtiedPages": 1_000_000, "transferredBytes": 4_194_304_000_u64,
+        "leastConvergentBandwidth": "180Mi"
+    }))
+}
+
+fn vmim() -> Value {
+    json!({
+        "apiVersion": "kubevirt.io/v1", "kind": "VirtualMachineInstanceMigration",
+        "metadata": { "generateName": "kubevirt-migrate-vm-", "namespace": "shop", "annotations": {} },
+        "spec": { "vmiName": "wild", "addedNodeSelector": { "zone": "2" } }
+    })
+}
+
+fn review(object: &Value) -> Value {
+    json!({
+        "apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview",
+        "request": {
+            "uid": "705ab4f5-6393-11e8-b7cc-42010a800002",
+            "kind": { "group": "kubevirt.io", "version": "v1", "kind": "VirtualMachineInstanceMigration" },
+            "resource": { "group": "kubevirt.io", "version": "v1", "resource": "virtualmachineinstancemigrations" },
+            "requestKind": { "group": "kubevirt.io", "version": "v1", "kind": "VirtualMachineInstanceMigration" },
+            "requestResource": { "group": "kubevirt.io", "version": "v1", "resource": "virtualmachineinstancemigrations" },
+            "name": "", "namespace": "shop", "operation": "CREATE", "someday": { "more": true },
+            "userInfo": { "username": "ann", "groups": ["system:authenticated"], "extra": { "k": ["v"] } },
+            "object": object, "oldObject": null, "dryRun": false,
+            "options": { "kind": "CreateOptions", "apiVersion": "meta.k8s.io/v1" }
+        }
+    })
+}
+
+async fn post(app: &Router, path: &str, body: Vec<u8>) -> (StatusCode, Vec<u8>) {
+    let request = Request::post(path).header("content-type", "application/json").body(Body::from(body)).unwrap();
+    let response = app.clone().oneshot(request).await.unwrap();
+    let status = response.status();
+    (status, to_bytes(response.into_body(), usize::MAX).await.unwrap().to_vec())
+}
+
+async fn ask(app: &Router, path: &str, review: &Value) -> Value {
+    let (status, body) = post(app, path, serde_json::to_vec(review).unwrap()).await;
+    assert_eq!(status, StatusCode::OK);
+    let answer: Value = serde_json::from_slice(&body).unwrap();
+    assert_eq!((&answer["apiVersion"], &answer["kind"]), (&json!("admission.k8s.io/v1"), &json!("AdmissionReview")));
+    assert_eq!(answer["response"]["uid"], review["request"]["uid"]);
+    answer["response"].clone()
+}
+
+async fn validate(app: &Router, review: &Value) -> Value {
+    ask(app, "/validate-vmim", review).await
+}
+
+/// The object after the mutating webhook's patch.
+async fn mutated(app: &Router, object: &Value) -> Value {
+    let response = ask(app, "/mutate-vmim", &review(object)).await;
+    assert_eq!(response["allowed"], true);
+    let mut object = object.clone();
+    if let Some(patch) = response.get("patch") {
+        assert_eq!(response["patchType"], "JSONPatch");
+        let bytes: Vec<u8> = base64(patch);
+        json_patch::patch(&mut object, &serde_json::from_slice::<json_patch::Patch>(&bytes).unwrap()).unwrap();
+    }
+    object
+}
+
+/// As Go's `[]byte` in JSON, which is what an API server decodes.
+fn base64(value: &Value) -> Vec<u8> {
+    serde_json::from_value::<k8s_openapi::ByteString>(value.clone()).expect("the API server reads base64").0
+}
+
+fn counted(metrics: &AdmissionMetrics) -> Vec<(String, f64)> {
+    let families = metrics.collect();
+    let family = families.iter().find(|family| family.name() == "admission_decisions_total");
+    family
+        .map(|family| {
+            family
+                .get_metric()
+                .iter()
+                .map(|metric| {
+                    (
+                        metric.get_label().iter().map(prometheus::proto::LabelPair::value).collect::<Vec<_>>().join("/"),
+                        metric.get_counter().get_value(),
+                    )
+                })
+                .collect()
+        })
+        .unwrap_or_default()
+}
+
+#[tokio::test]
+async fn a_doomed_migration_is_refused_with_the_ways_out() {
+    let (app, metrics) = cluster(Some("Enforce"), failing());
+    let response = validate(&app, &review(&vmim())).await;
+    assert_eq!(
+        (&response["allowed"], &response["status"]["code"], &response["status"]["reason"]),
+        (&json!(false), &json!(403), &json!("Forbidden"))
+    );
+    let message = response["status"]["message"].as_str().unwrap();
+    for part in [
+        "shop/wild would fail",
+        "at 100 MiB/s",
+        "40 s",
+        "at least 180 MiB/s",
+        "bandwidthPerMigration to at least 180Mi",
+        "completionTimeoutPerGiB",
+        "allowPostCopy",
+        "predictionpolicy strict",
+    ] {
+        assert!(message.contains(part), "{part}: {message}");
+    }
+    assert_eq!(counted(&metrics), [("deny/BudgetExceeded/Fails".to_owned(), 1.0)]);
+}
+
+#[tokio::test]
+async fn modes_and_origins_soften_it() {
+    for (mode, warned) in [(None, false), (Some("Audit"), false), (Some("Warn"), true)] {
+        let (app, _) = cluster(mode, failing());
+        let response = validate(&app, &review(&vmim())).await;
+        assert_eq!((&response["allowed"], response.get("warnings").is_some()), (&json!(true), warned), "{mode:?}");
+    }
+    let (app, _) = cluster(Some("Enforce"), failing());
+    for key in [kubevirt::EVACUATION, kubevirt::WORKLOAD_UPDATE] {
+        let mut drained = vmim();
+        drained["metadata"]["annotations"][key] = json!("node-1");
+        let response = validate(&app, &review(&drained)).await;
+        assert_eq!((&response["allowed"], response["warnings"].as_array().unwrap().len()), (&json!(true), 1));
+    }
+}
+
+#[tokio::test]
+async fn the_unknown_passes_in_silence() {
+    let stale = failing().map(|mut status| {
+        status["measuredAt"] = json!("2026-11-22T11:30:00Z");
+        status
+    });
+    let older = failing().map(|mut status| {
+        status["observedGeneration"] = json!(2);
+        status
+    });
+    for status in [None, Some(Value::Null), stale, older] {
+        let (app, _) = cluster(Some("Enforce"), status.clone());
+        let response = validate(&app, &review(&vmim())).await;
+        assert_eq!((&response["allowed"], response.get("warnings")), (&json!(true), None), "{status:?}");
+        let object = mutated(&app, &vmim()).await;
+        assert_eq!(object["metadata"]["annotations"][annotation::VERDICT], "Unknown");
+    }
+    // Another VM, of which nothing is known.
+    let (app, _) = cluster(Some("Enforce"), failing());
+    let mut other = vmim();
+    other["spec"]["vmiName"] = json!("stranger");
+    assert_eq!(validate(&app, &review(&other)).await["allowed"], true);
+    // To another cluster: outside the model.
+    let mut sent = vmim();
+    sent["spec"]["sendTo"] = json!({ "migrationID": "x", "connectURL": "y" });
+    assert_eq!(validate(&app, &review(&sent)).await["allowed"], true);
+    assert_eq!(mutated(&app, &sent).await["metadata"]["annotations"][annotation::REASON], "OutsideTheModel");
+    // From another cluster: not ours to judge.
+    let mut received = vmim();
+    received["spec"]["receive"] = json!({ "migrationID": "x" });
+    assert_eq!(validate(&app, &review(&received)).await["allowed"], true);
+    assert_eq!(mutated(&app, &received).await, received);
+}
+
+#[tokio::test]
+async fn the_forecast_is_written_and_foreign_claims_are_not() {
+    let (app, _) = cluster(Some("Enforce"), failing());
+    let mut claimed = vmim();
+    claimed["metadata"]["annotations"] = json!({
+        "migvisor.io/verdict": "Converges", "migvisor.io/predicted-downtime": "1", "migvisor.io/anything": "x", "team/own": "stays",
+        "kubevirt.io/evacuationMigration": "node-1"
+    });
+    let object = mutated(&app, &claimed).await;
+    let annotations = object["metadata"]["annotations"].as_object().unwrap();
+    assert_eq!(annotations[annotation::VERDICT], "Fails");
+    assert_eq!(annotations[annotation::LCB], "188743680");
+    assert_eq!(annotations[annotation::TOTAL_TIME], "40000");
+    assert_eq!((&annotations["team/own"], &annotations["kubevirt.io/evacuationMigration"]), (&json!("stays"), &json!("node-1")));
+    assert!(
+        !annotations.contains_key("migvisor.io/anything") && !annotations.contains_key(annotation::DOWNTIME),
+        "{annotations:?}"
+    );
+    let json: Value = serde_json::from_str(annotations[annotation::FORECAST].as_str().unwrap()).unwrap();
+    assert_eq!((&json["totalMs"], &json["downtimeMs"]), (&json!(40_000.0), &Value::Null));
+    assert_eq!(
+        (&object["spec"], &object["metadata"]["generateName"]),
+        (&claimed["spec"], &claimed["metadata"]["generateName"]),
+        "nothing else is touched"
+    );
+
+    let mut bare = vmim();
+    bare["metadata"].as_object_mut().unwrap().remove("annotations");
+    assert_eq!(mutated(&app, &bare).await["metadata"]["annotations"][annotation::VERDICT], "Fails");
+
+    let mut update = review(&claimed);
+    update["request"]["operation"] = json!("UPDATE");
+    assert!(ask(&app, "/mutate-vmim", &update).await.get("patch").is_none());
+    assert_eq!(validate(&app, &update).await["allowed"], true);
+}
+
+#[tokio::test]
+async fn a_dry_run_leaves_no_trace() {
+    let (app, metrics) = cluster(Some("Enforce"), failing());
+    let mut dry = review(&vmim());
+    dry["request"]["dryRun"] = json!(true);
+    assert_eq!(validate(&app, &dry).await["allowed"], false, "the answer is the same");
+    assert_eq!(counted(&metrics), []);
+}
+
+#[tokio::test]
+async fn an_object_that_cannot_be_read_passes_with_a_warning() {
+    let (app, _) = cluster(Some("Enforce"), failing());
+    for object in [
+        json!({}),
+        json!(5),
+        json!("x"),
+        json!({ "spec": 7 }),
+        json!({ "metadata": 7, "spec": {} }),
+        json!({ "spec": { "vmiName": {} } }),
+        Value::Null,
+    ] {
+        let response = validate(&app, &review(&object)).await;
+        assert_eq!(response["allowed"], true, "{object}");
+        assert!(response["warnings"][0].as_str().unwrap().contains("cannot read this migration"), "{object}: {response}");
+        assert!(ask(&app, "/mutate-vmim", &review(&object)).await.get("patch").is_none());
+    }
+}
+
+#[tokio::test]
+async fn what_is_no_review_is_an_error_that_says_so() {
+    let (app, _) = cluster(Some("Enforce"), failing());
+    let mut old = review(&vmim());
+    old["apiVersion"] = json!("admission.k8s.io/v1beta1");
+    let mut empty = review(&vmim());
+    empty.as_object_mut().unwrap().remove("request");
+    let pod = json!({ "apiVersion": "v1", "kind": "Pod", "metadata": { "name": "x" } });
+    for body in [
+        b"".to_vec(),
+        b"hello".to_vec(),
+        b"[]".to_vec(),
+        b"{\"kind\":".to_vec(),
+        vec![0xff; 100],
+        old.to_string().into(),
+        empty.to_string().into(),
+        pod.to_string().into(),
+    ] {
+        for path in ["/validate-vmim", "/mutate-vmim"] {
+            let (status, text) = post(&app, path, body.clone()).await;
+            assert_eq!(status, StatusCode::BAD_REQUEST);
+            assert!(String::from_utf8(text).unwrap().starts_with("the body is no AdmissionReview of admission.k8s.io/v1: "));
+        }
+    }
+    let (status, _) = post(&app, "/validate-vmim", vec![b' '; BODY_LIMIT + 1]).await;
+    assert_eq!(status, StatusCode::PAYLOAD_TOO_LARGE);
+    assert_eq!(post(&app, "/elsewhere", Vec::new()).await.0, StatusCode::NOT_FOUND);
+}
+
+/// The bar is 10 ms at the 99th percentile, over the wire; in process it takes a fraction of that even in a debug build.
+#[tokio::test]
+async fn it_answers_from_memory_at_once() {
+    let (app, _) = cluster(Some("Enforce"), failing());
+    let body = serde_json::to_vec(&review(&vmim())).unwrap();
+    let start = std::time::Instant::now();
+    for _ in 0..200 {
+        assert_eq!(post(&app, "/validate-vmim", body.clone()).await.0, StatusCode::OK);
+    }
+    assert!(start.elapsed() < std::time::Duration::from_secs(2), "{:?} for 200", start.elapsed());
+}
