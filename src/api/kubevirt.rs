@@ -1,0 +1,305 @@
+//! KubeVirt's objects, as far as we read them (KubeVirt 1.9, `staging/src/kubevirt.io/api/core/v1/types.go`).
+//!
+//! In: whatever an API server has stored, of any version. Unknown fields are ignored, a known field of an unknown shape
+//! counts as absent, numbers may be text. These types know a fraction of each object: **they are never written back**.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::{
+    NamespaceResourceScope,
+    apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time},
+};
+use kube::Resource;
+use serde::{Deserialize, Serialize};
+
+use super::scalar::{Quantity, lenient, lenient_u64};
+
+macro_rules! resource {
+    ($type:ident, $kind:literal, $plural:literal) => {
+        impl Resource for $type {
+            type DynamicType = ();
+            type Scope = NamespaceResourceScope;
+
+            fn kind((): &()) -> std::borrow::Cow<'_, str> {
+                $kind.into()
+            }
+            fn group((): &()) -> std::borrow::Cow<'_, str> {
+                "kubevirt.io".into()
+            }
+            fn version((): &()) -> std::borrow::Cow<'_, str> {
+                "v1".into()
+            }
+            fn plural((): &()) -> std::borrow::Cow<'_, str> {
+                $plural.into()
+            }
+            fn meta(&self) -> &ObjectMeta {
+                &self.metadata
+            }
+            fn meta_mut(&mut self) -> &mut ObjectMeta {
+                &mut self.metadata
+            }
+        }
+    };
+}
+
+resource!(VirtualMachineInstance, "VirtualMachineInstance", "virtualmachineinstances");
+resource!(VirtualMachineInstanceMigration, "VirtualMachineInstanceMigration", "virtualmachineinstancemigrations");
+resource!(KubeVirt, "KubeVirt", "kubevirts");
+
+/// A running VM.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default)]
+pub struct VirtualMachineInstance {
+    /// Name, labels, UID.
+    pub metadata: ObjectMeta,
+    /// What it is.
+    #[serde(deserialize_with = "lenient")]
+    pub spec: VmiSpec,
+    /// Where it runs.
+    #[serde(deserialize_with = "lenient")]
+    pub status: VmiStatus,
+}
+
+/// `spec` of a VirtualMachineInstance.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default)]
+pub struct VmiSpec {
+    /// The machine.
+    #[serde(deserialize_with = "lenient")]
+    pub domain: Domain,
+}
+
+/// `spec.domain`.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default)]
+pub struct Domain {
+    /// Memory of the guest.
+    #[serde(deserialize_with = "lenient")]
+    pub memory: Memory,
+    /// What the pod asks for.
+    #[serde(deserialize_with = "lenient")]
+    pub resources: Resources,
+    /// Devices of the host that are passed through.
+    #[serde(deserialize_with = "lenient")]
+    pub devices: Devices,
+}
+
+/// `spec.domain.memory`.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default)]
+pub struct Memory {
+    /// What the guest sees.
+    #[serde(deserialize_with = "lenient")]
+    pub guest: Option<Quantity>,
+}
+
+/// `spec.domain.resources`.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default)]
+pub struct Resources {
+    /// By resource name.
+    #[serde(deserialize_with = "lenient")]
+    pub requests: BTreeMap<String, Quantity>,
+}
+
+/// `spec.domain.devices`, what passes through the host's devices.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct Devices {
+    /// Host devices (VFIO).
+    #[serde(deserialize_with = "lenient")]
+    pub host_devices: Vec<serde_json::Value>,
+    /// GPUs (VFIO).
+    #[serde(deserialize_with = "lenient")]
+    pub gpus: Vec<serde_json::Value>,
+}
+
+/// `status` of a VirtualMachineInstance.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct VmiStatus {
+    /// `Running` and others.
+    #[serde(deserialize_with = "lenient")]
+    pub phase: String,
+    /// The node it runs on.
+    #[serde(deserialize_with = "lenient")]
+    pub node_name: String,
+    /// UIDs of its virt-launcher pods, each with its node.
+    #[serde(deserialize_with = "lenient")]
+    pub active_pods: BTreeMap<String, String>,
+    /// `LiveMigratable`, `Paused`, ….
+    #[serde(deserialize_with = "lenient")]
+    pub conditions: Vec<Condition>,
+    /// `LiveMigration` or `BlockMigration`.
+    #[serde(deserialize_with = "lenient")]
+    pub migration_method: String,
+    /// Volumes that move with it.
+    #[serde(deserialize_with = "lenient")]
+    pub migrated_volumes: Vec<serde_json::Value>,
+    /// The migration in flight, else the last one.
+    #[serde(deserialize_with = "lenient")]
+    pub migration_state: Option<MigrationState>,
+}
+
+/// KubeVirt's conditions (their timestamps may be null, unlike Kubernetes' own).
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default)]
+pub struct Condition {
+    /// Which.
+    #[serde(rename = "type", deserialize_with = "lenient")]
+    pub type_: String,
+    /// `True`, `False` or `Unknown`.
+    #[serde(deserialize_with = "lenient")]
+    pub status: String,
+    /// Why.
+    #[serde(deserialize_with = "lenient")]
+    pub reason: String,
+    /// Why, in words.
+    #[serde(deserialize_with = "lenient")]
+    pub message: String,
+}
+
+/// `status.migrationState`.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct MigrationState {
+    /// UID of the VirtualMachineInstanceMigration.
+    #[serde(deserialize_with = "lenient")]
+    pub migration_uid: String,
+    /// When memory began to move.
+    #[serde(deserialize_with = "lenient")]
+    pub start_timestamp: Option<Time>,
+    /// When it ended.
+    #[serde(deserialize_with = "lenient")]
+    pub end_timestamp: Option<Time>,
+    /// It is over.
+    #[serde(deserialize_with = "lenient")]
+    pub completed: bool,
+    /// It went wrong.
+    #[serde(deserialize_with = "lenient")]
+    pub failed: bool,
+    /// How it went wrong.
+    #[serde(deserialize_with = "lenient")]
+    pub failure_reason: String,
+    /// `PreCopy`, `PostCopy` or `Paused`.
+    #[serde(deserialize_with = "lenient")]
+    pub mode: String,
+}
+
+impl VirtualMachineInstance {
+    /// Is this condition `True`?
+    pub fn is(&self, condition: &str) -> bool {
+        self.condition(condition).is_some_and(|condition| condition.status == "True")
+    }
+
+    /// The condition of that type.
+    pub fn condition(&self, type_: &str) -> Option<&Condition> {
+        self.status.conditions.iter().find(|condition| condition.type_ == type_)
+    }
+
+    /// UID of the pod that runs the VM now: of the active pods, the one on its node.
+    pub fn pod_uid(&self) -> Option<&str> {
+        let mut here =
+            self.status.active_pods.iter().filter(|(_, node)| **node == self.status.node_name).map(|(uid, _)| uid.as_str());
+        // Two on one node would be a guess.
+        here.next().filter(|_| here.next().is_none())
+    }
+}
+
+/// A request to move a VM.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default)]
+pub struct VirtualMachineInstanceMigration {
+    /// Name, annotations, UID.
+    pub metadata: ObjectMeta,
+    /// What to move.
+    #[serde(deserialize_with = "lenient")]
+    pub spec: VmimSpec,
+    /// How far it is.
+    #[serde(deserialize_with = "lenient")]
+    pub status: VmimStatus,
+}
+
+/// `spec` of a VirtualMachineInstanceMigration.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct VmimSpec {
+    /// The VM.
+    #[serde(deserialize_with = "lenient")]
+    pub vmi_name: String,
+    /// It goes to another cluster.
+    #[serde(deserialize_with = "lenient")]
+    pub send_to: Option<serde_json::Value>,
+    /// It comes from another cluster.
+    #[serde(deserialize_with = "lenient")]
+    pub receive: Option<serde_json::Value>,
+}
+
+/// `status` of a VirtualMachineInstanceMigration.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct VmimStatus {
+    /// From `Pending` to `Succeeded` or `Failed`.
+    #[serde(deserialize_with = "lenient")]
+    pub phase: String,
+    /// Copied from the VM when final.
+    #[serde(deserialize_with = "lenient")]
+    pub migration_state: Option<MigrationState>,
+}
+
+impl VirtualMachineInstanceMigration {
+    /// It is over.
+    pub fn is_final(&self) -> bool {
+        matches!(self.status.phase.as_str(), "Succeeded" | "Failed")
+    }
+}
+
+/// The configuration of KubeVirt.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default)]
+pub struct KubeVirt {
+    /// Name.
+    pub metadata: ObjectMeta,
+    /// What is configured.
+    #[serde(deserialize_with = "lenient")]
+    pub spec: KubeVirtSpec,
+}
+
+/// `spec` of a KubeVirt.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default)]
+pub struct KubeVirtSpec {
+    /// What is configured.
+    #[serde(deserialize_with = "lenient")]
+    pub configuration: KubeVirtConfiguration,
+}
+
+/// `spec.configuration`.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default)]
+pub struct KubeVirtConfiguration {
+    /// How migrations run.
+    #[serde(deserialize_with = "lenient")]
+    pub migrations: MigrationConfiguration,
+}
+
+/// `spec.configuration.migrations`; what is absent has KubeVirt's default.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize, Serialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct MigrationConfiguration {
+    /// Bytes per second; 0 is no cap.
+    #[serde(deserialize_with = "lenient")]
+    pub bandwidth_per_migration: Option<Quantity>,
+    /// Seconds per 10⁹ bytes; 0 switches the budget off.
+    #[serde(rename = "completionTimeoutPerGiB", deserialize_with = "lenient_u64")]
+    pub completion_timeout_per_gib: Option<u64>,
+    /// Throttle the guest.
+    #[serde(deserialize_with = "lenient")]
+    pub allow_auto_converge: Option<bool>,
+    /// Switch to post-copy when the budget is over.
+    #[serde(deserialize_with = "lenient")]
+    pub allow_post_copy: Option<bool>,
+    /// Switch to post-copy or pause the guest when the budget is over; as `allow_post_copy` when absent.
+    #[serde(deserialize_with = "lenient")]
+    pub allow_workload_disruption: Option<bool>,
+}

@@ -1,0 +1,72 @@
+//! Names that other parties see: annotation keys, labels, reasons, field managers.
+
+/// The prefix of every annotation and label of ours.
+pub const PREFIX: &str = "migvisor.io/";
+
+/// On a MigrationForecast: the node whose agent answers it. Agents watch by this label.
+pub const NODE_LABEL: &str = "migvisor.io/node";
+
+/// The manager's field manager: `spec` of a forecast, `status.outcome`.
+pub const MANAGER: &str = "migvisor-manager";
+/// The agent's field manager: the rest of a forecast's status.
+pub const AGENT: &str = "migvisor-agent";
+
+/// Annotations on a VirtualMachineInstanceMigration: plain numbers, times in ms, bandwidths in bytes per second.
+pub mod annotation {
+    /// `Converges`, `Borderline`, `Fails` or `Unknown`.
+    pub const VERDICT: &str = "migvisor.io/verdict";
+    /// Why the verdict is what it is: one of [`super::reason`].
+    pub const REASON: &str = "migvisor.io/reason";
+    /// The share of replays that converged, 0..=1.
+    pub const PROBABILITY: &str = "migvisor.io/probability";
+    /// `PC` or `DR`.
+    pub const METHOD: &str = "migvisor.io/method";
+    /// QEMU's downtime, ms.
+    pub const DOWNTIME: &str = "migvisor.io/predicted-downtime";
+    /// The whole migration, ms.
+    pub const TOTAL_TIME: &str = "migvisor.io/predicted-total-time";
+    /// QEMU's dirty-sync count.
+    pub const ITERATIONS: &str = "migvisor.io/predicted-iterations";
+    /// Pages sent.
+    pub const DIRTIED_PAGES: &str = "migvisor.io/predicted-dirtied-pages";
+    /// `C = a·T_sum + b·T_downtime + c·P`.
+    pub const COST: &str = "migvisor.io/predicted-cost";
+    /// Bytes per second.
+    pub const LCB: &str = "migvisor.io/least-convergent-bandwidth";
+    /// The whole forecast as JSON, with the keys of `migvisor predict -o json`.
+    pub const FORECAST: &str = "migvisor.io/forecast";
+}
+
+/// KubeVirt's annotations that we read.
+pub mod kubevirt {
+    /// On a VMIM: created by a drain or an eviction.
+    pub const EVACUATION: &str = "kubevirt.io/evacuationMigration";
+    /// On a VMIM: created by the workload updater.
+    pub const WORKLOAD_UPDATE: &str = "kubevirt.io/workloadUpdateMigration";
+}
+
+/// Reasons of verdicts, in `status.reason`: few, in `PascalCase`, fit for a metric's label.
+pub mod reason {
+    /// It converges within the budget and the SLA.
+    pub const WITHIN_BUDGET: &str = "WithinBudget";
+    /// It converges, but not within the SLA.
+    pub const SLA_EXCEEDED: &str = "SLAExceeded";
+    /// Some replays converge within the budget, some do not.
+    pub const NEAR_THE_LIMIT: &str = "NearTheLimit";
+    /// The guest dirties memory faster than the bandwidth carries, until the budget ends.
+    pub const BUDGET_EXCEEDED: &str = "BudgetExceeded";
+    /// The guest dirties memory faster than the bandwidth carries, and nothing would ever end the attempt.
+    pub const NEVER_CONVERGES: &str = "NeverConverges";
+    /// No agent has answered yet.
+    pub const NO_ANSWER: &str = "NoAnswer";
+    /// The answer is to an older question.
+    pub const OUTDATED: &str = "OutdatedAnswer";
+    /// The answer is too old.
+    pub const STALE: &str = "StaleData";
+    /// The VM could not be measured.
+    pub const NOT_MEASURED: &str = "NotMeasured";
+    /// Block migration, migrated volumes, host devices, `sendTo`: outside the model.
+    pub const OUTSIDE_MODEL: &str = "OutsideTheModel";
+    /// The question itself cannot be read.
+    pub const BAD_QUESTION: &str = "InvalidQuestion";
+}
