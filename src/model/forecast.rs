@@ -4,10 +4,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::{
-    pattern::Pattern,
-    units::{Bandwidth, BytesPerSecond},
-};
+use super::units::{Bandwidth, BytesPerSecond};
 
 /// What a migration would run under. The pattern says what the guest does; this says what the world does.
 #[derive(Debug, Clone, PartialEq)]
@@ -201,9 +198,4 @@ pub struct Baseline {
     pub downtime_ms: Option<f64>,
     /// Pages sent.
     pub dirtied_pages: u64,
-}
-
-/// Answers the question from the pattern.
-pub fn forecast(_pattern: &Pattern, _question: &Question) -> Forecast {
-    unimplemented!()
 }

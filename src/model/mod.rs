@@ -2,7 +2,12 @@
 //!
 //! Nothing here knows Kubernetes, a hypervisor, a clock or a source of randomness: time and seeds are arguments.
 
+pub mod classic;
+pub mod curve;
 pub mod forecast;
 pub mod kubevirt;
+pub mod lcb;
 pub mod pattern;
+pub mod predict;
+pub mod replay;
 pub mod units;

@@ -1,1 +1,18 @@
-//! (to come)
+//! Everything that touches a hypervisor: in comes the path of a QMP socket, out go typed answers about one VM.
+//!
+//! | module | what it answers |
+//! |---|---|
+//! | [`qmp`] | the wire: connect, ask, time out, keep events apart from replies |
+//! | [`vm`] | in which state the VM is, and whether it may be measured |
+//! | [`ram`] | where in the QEMU process the guest's memory lies |
+//! | [`dirty_rate`] | how much the guest writes within a window, as QEMU itself measures it |
+//! | [`migration`] | starting, limiting and reading a migration |
+//!
+//! QEMU's answers are hostile input: the process next to the guest may have been taken over by it.
+
+pub mod dirty_rate;
+mod lines;
+pub mod migration;
+pub mod qmp;
+pub mod ram;
+pub mod vm;

@@ -1,0 +1,203 @@
+//! From a pattern and a question to a forecast: many replays, each with its own draw and phase.
+
+use std::time::Duration;
+
+use super::{
+    classic,
+    curve::{Curve, whole},
+    forecast::{Bounds, CostWeights, Forecast, Method, ProfilePoint, Question, Verdict},
+    lcb::least_convergent_bandwidth,
+    pattern::Pattern,
+    replay::{Outcome, Settings, replay},
+    units::{Bandwidth, BytesPerSecond, PAGE},
+};
+
+/// Replays behind a probability: with none of them converging, p is below 0.06 with 95 % confidence.
+const REPLAYS: u32 = 48;
+/// Replays behind the verdict that the least convergent bandwidth stands on.
+const LCB_REPLAYS: u32 = 10;
+/// Replays behind one point of the profile.
+const PROFILE_REPLAYS: u32 = 5;
+/// Points of the profile.
+const PROFILE_POINTS: u32 = 16;
+/// Points of the published curve.
+const CURVE_POINTS: usize = 32;
+/// From this probability on a migration is said to converge, ...
+const CONVERGES_FROM: f64 = 0.9;
+/// ... and up to this one to fail.
+const FAILS_UP_TO: f64 = 0.1;
+/// What a host adds that no pattern shows: this share of the time, and so many ms either way.
+const HOST_TOLERANCE: (f64, f64) = (0.02, 20.0);
+/// Where KubeVirt's budget is switched off: a migration that runs for a day has failed anybody.
+const NO_BUDGET: Duration = Duration::from_secs(86_400);
+
+/// Answers the question from the pattern.
+pub fn forecast(pattern: &Pattern, question: &Question) -> Forecast {
+    let curve = pattern.curve();
+    let settings = settings(question);
+    let runs = replays(pattern, &settings, REPLAYS);
+    let converged: Vec<Outcome> = runs.iter().copied().filter(|run| run.converged).collect();
+    let probability = converged.len() as f64 / runs.len() as f64;
+    // What would happen: the median course among those of the more likely kind.
+    let likely = if probability >= 0.5 { &converged } else { &runs };
+    let over = |figure: fn(&Outcome) -> f64| {
+        let mut values: Vec<f64> = likely.iter().map(figure).collect();
+        values.sort_by(f64::total_cmp);
+        values
+    };
+    let (totals, downtimes) = (over(|run| run.total_ms), over(|run| run.downtime_ms));
+    let (pages, syncs) = (over(|run| run.pages), over(|run| run.syncs as f64));
+    let bytes = over(Outcome::transferred_bytes);
+    let converges = probability >= 0.5;
+    let total_ms = quantile(&totals, 0.5);
+    let downtime_ms = converges.then(|| quantile(&downtimes, 0.5));
+    let sla_exceeded = converges && exceeds(question, total_ms, downtime_ms);
+    let lcb = lcb(pattern, &curve, &settings);
+    let low_confidence = converges && curve.pages(settings.deadline_ms) > 0.0 && total_ms > pattern.observed_ms();
+    let counts = |values: &[f64]| (whole(quantile(values, 0.05)), whole(quantile(values, 0.95)));
+    Forecast {
+        verdict: verdict(probability, sla_exceeded),
+        sla_exceeded,
+        low_confidence,
+        probability,
+        method: Method::PatternCollector,
+        iterations: whole(quantile(&syncs, 0.5)),
+        convergence_ms: total_ms - downtime_ms.unwrap_or(0.0),
+        downtime_ms,
+        total_ms,
+        dirtied_pages: whole(quantile(&pages, 0.5)),
+        transferred_bytes: whole(quantile(&bytes, 0.5)),
+        least_convergent_bandwidth: lcb.map(|rate| rate.0),
+        cost: downtime_ms.map(|downtime_ms| cost(question, pattern, total_ms, downtime_ms, quantile(&pages, 0.5))),
+        bounds: Bounds {
+            total_ms: widened(&totals),
+            downtime_ms: converges.then(|| widened(&downtimes)),
+            dirtied_pages: counts(&pages),
+            iterations: counts(&syncs),
+        },
+        pattern: Some(curve.points(pattern.observed_ms(), CURVE_POINTS)),
+        profile: profile(pattern, &settings, lcb),
+        baselines: vec![
+            classic::classic(&curve, pattern.nonzero_pages(), &settings),
+            classic::base(&curve, pattern.nonzero_pages(), &settings),
+        ],
+    }
+}
+
+/// The settings of a replay that answers the question.
+pub fn settings(question: &Question) -> Settings {
+    Settings {
+        bandwidth: question.bandwidth,
+        downtime_limit_ms: milliseconds(question.downtime_limit),
+        deadline_ms: milliseconds(question.time_budget.unwrap_or(NO_BUDGET)),
+        host: question.host,
+    }
+}
+
+/// The least convergent bandwidth of a pattern under the given settings, whatever their own bandwidth is.
+pub fn lcb(pattern: &Pattern, curve: &Curve, settings: &Settings) -> Option<BytesPerSecond> {
+    // What is written within one window has to fit the downtime, and everything has to fit the budget.
+    let dirtied = curve.pages(100.0) / settings.downtime_limit_ms.max(1.0);
+    let everything = pattern.nonzero_pages() / settings.deadline_ms.max(1.0);
+    let guess = BytesPerSecond(whole(dirtied.max(everything) * PAGE as f64 * 1000.0));
+    let at = |rate| Settings { bandwidth: Bandwidth::Capped(rate), ..*settings };
+    let tolerated = f64::from(LCB_REPLAYS) * (1.0 - CONVERGES_FROM) + 1e-9;
+    least_convergent_bandwidth(
+        guess,
+        settings.host.line_rate,
+        |rate| one(pattern, &at(rate), 0).converged,
+        |rate| {
+            let mut failures = 0.0;
+            (0..LCB_REPLAYS).all(|run| {
+                failures += f64::from(u8::from(!one(pattern, &at(rate), run).converged));
+                failures <= tolerated
+            })
+        },
+    )
+}
+
+/// `C = a·T_sum + b·T_downtime + c·P`, each term normalised (see [`CostWeights`]).
+pub fn cost(question: &Question, pattern: &Pattern, total_ms: f64, downtime_ms: f64, pages: f64) -> f64 {
+    let CostWeights { total_time, downtime, pages: moved } = question.weights;
+    let longest = question.sla.total_time.or(question.time_budget).unwrap_or(NO_BUDGET);
+    let darkest = question.sla.downtime.unwrap_or(question.downtime_limit);
+    let per = |value: f64, unit: f64| if unit > 0.0 { value / unit } else { value };
+    total_time * per(total_ms, milliseconds(longest))
+        + downtime * per(downtime_ms, milliseconds(darkest))
+        + moved * per(pages, pattern.total_pages())
+}
+
+/// The verdict that a probability stands for.
+pub fn verdict(probability: f64, sla_exceeded: bool) -> Verdict {
+    match probability {
+        p if p <= FAILS_UP_TO => Verdict::Fails,
+        p if p >= CONVERGES_FROM && !sla_exceeded => Verdict::Converges,
+        p if p.is_nan() => Verdict::Unknown,
+        _ => Verdict::Borderline,
+    }
+}
+
+fn exceeds(question: &Question, total_ms: f64, downtime_ms: Option<f64>) -> bool {
+    let over = |limit: Option<Duration>, value: f64| limit.is_some_and(|limit| value > milliseconds(limit));
+    over(question.sla.total_time, total_ms) || downtime_ms.is_some_and(|downtime| over(question.sla.downtime, downtime))
+}
+
+/// The forecast at other bandwidths, around the least convergent one.
+fn profile(pattern: &Pattern, settings: &Settings, lcb: Option<BytesPerSecond>) -> Vec<ProfilePoint> {
+    let line = settings.host.line_rate.0 as f64;
+    let (low, high) = match lcb.or(settings.bandwidth.cap()) {
+        Some(rate) => (rate.0 as f64 / 2.0, (rate.0 as f64 * 8.0).min(line)),
+        None => (line / 64.0, line),
+    };
+    let ratio = (high / low).max(1.0);
+    (0..PROFILE_POINTS)
+        .map(|point| {
+            let bandwidth = whole(low * ratio.powf(f64::from(point) / f64::from(PROFILE_POINTS - 1)));
+            let at = Settings { bandwidth: Bandwidth::Capped(BytesPerSecond(bandwidth)), ..*settings };
+            let mut runs = replays(pattern, &at, PROFILE_REPLAYS);
+            runs.sort_by(|a, b| a.total_ms.total_cmp(&b.total_ms));
+            let converged = runs.iter().filter(|run| run.converged).count() as f64;
+            let middle = runs.get(runs.len() / 2).copied();
+            ProfilePoint {
+                bandwidth,
+                probability: converged / runs.len().max(1) as f64,
+                total_ms: middle.map_or(settings.deadline_ms, |run| run.total_ms),
+                downtime_ms: middle.filter(|run| run.converged).map(|run| run.downtime_ms),
+                iterations: middle.map_or(0, |run| run.syncs),
+                dirtied_pages: middle.map_or(0, |run| whole(run.pages)),
+            }
+        })
+        .collect()
+}
+
+fn replays(pattern: &Pattern, settings: &Settings, count: u32) -> Vec<Outcome> {
+    (0..count).map(|run| one(pattern, settings, run)).collect()
+}
+
+/// Phases follow the golden ratio: any number of runs covers the cycle evenly.
+fn one(pattern: &Pattern, settings: &Settings, run: u32) -> Outcome {
+    let phase = (f64::from(run) * 0.618_033_988_749_895).fract() * pattern.cycle_ms();
+    replay(pattern, pattern.realise(phase, u64::from(run)), settings)
+}
+
+/// 5 % to 95 % of the replays, and what the host adds.
+fn widened(sorted: &[f64]) -> (f64, f64) {
+    let (low, high) = (quantile(sorted, 0.05), quantile(sorted, 0.95));
+    let (share, ms) = HOST_TOLERANCE;
+    ((low * (1.0 - share) - ms).max(0.0), high * (1.0 + share) + ms)
+}
+
+/// The value at a share of a sorted list, by linear interpolation; 0 for an empty one.
+fn quantile(sorted: &[f64], share: f64) -> f64 {
+    let at = share * sorted.len().saturating_sub(1) as f64;
+    let low = whole(at.floor()) as usize;
+    match (sorted.get(low), sorted.get(low + 1)) {
+        (Some(a), Some(b)) => a + (b - a) * at.fract(),
+        (Some(a), None) => *a,
+        _ => 0.0,
+    }
+}
+
+fn milliseconds(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1000.0
+}
