@@ -1,3 +1,4 @@
 //! One file a subcommand.
 
+pub mod agent;
 pub mod crd;

@@ -136,7 +136,8 @@ fn decide(options: &LeaseOptions, observed: Option<&Observed>, now: Instant, wal
         let acquire_time = observed.spec.acquire_time.clone().or(mine.acquire_time.clone());
         return Step::Write(Box::new(LeaseSpec { acquire_time, lease_transitions: Some(transitions), ..mine }));
     }
-    let patience = observed.spec.lease_duration_seconds.and_then(|s| u64::try_from(s).ok()).map_or(options.duration, Duration::from_secs);
+    let patience =
+        observed.spec.lease_duration_seconds.and_then(|s| u64::try_from(s).ok()).map_or(options.duration, Duration::from_secs);
     if holder.is_empty() || now.saturating_duration_since(observed.since) >= patience {
         return Step::Write(Box::new(LeaseSpec { lease_transitions: Some(transitions.saturating_add(1)), ..mine }));
     }

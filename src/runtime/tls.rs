@@ -90,7 +90,9 @@ async fn read(path: &Path) -> Result<Vec<u8>, TlsError> {
 
 /// A chain and the key that belongs to its first certificate (rustls checks that), HTTP/2 and HTTP/1.1.
 fn server_config(cert: &[u8], key: &[u8]) -> Result<ServerConfig, String> {
-    let chain = CertificateDer::pem_slice_iter(cert).collect::<Result<Vec<_>, _>>().map_err(|error| format!("the certificate: {error}"))?;
+    let chain = CertificateDer::pem_slice_iter(cert)
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(|error| format!("the certificate: {error}"))?;
     if chain.is_empty() {
         return Err("the certificate file holds no certificate".to_owned());
     }
@@ -146,8 +148,9 @@ impl TlsServer {
     /// Answers until `shutdown` is `Stopped`, then gives requests in flight five seconds.
     pub async fn run(self, router: Router, shutdown: Shutdown) -> Result<(), TlsError> {
         let config = RustlsConfig::from_config(self.config);
-        let mut server =
-            axum_server::from_tcp_rustls(self.listener, config.clone()).map_err(TlsError::Serve)?.handle(common::handle(&shutdown));
+        let mut server = axum_server::from_tcp_rustls(self.listener, config.clone())
+            .map_err(TlsError::Serve)?
+            .handle(common::handle(&shutdown));
         common::harden(&mut server);
         tokio::select! {
             ended = server.serve(router.into_make_service()) => ended.map_err(TlsError::Serve),

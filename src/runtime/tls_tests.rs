@@ -63,7 +63,8 @@ async fn follows_the_kubelets_swap_and_survives_a_broken_pair() {
     symlink("..data/tls.key", dir.path().join("tls.key")).unwrap();
 
     let (trigger, shutdown) = Shutdown::manual();
-    let server = TlsServer::bind(([127, 0, 0, 1], 0).into(), dir.path().join("tls.crt"), dir.path().join("tls.key")).await.unwrap();
+    let server =
+        TlsServer::bind(([127, 0, 0, 1], 0).into(), dir.path().join("tls.crt"), dir.path().join("tls.key")).await.unwrap();
     let addr = server.local_addr();
     let router = Router::new().route("/", get(|| async { "hello" }));
     let task = tokio::spawn(server.reload_every(Duration::from_millis(10)).run(router, shutdown));
