@@ -44,6 +44,7 @@ use crate::{
     collector::{self, CollectError, LookOptions, Observation},
     model::{forecast::HostConstants, predict::forecast},
     runtime::{
+        client::with_causes,
         health::Readiness,
         metrics::{Metrics, MetricsError},
         shutdown::Shutdown,
@@ -280,11 +281,29 @@ impl<L: Locate> Agent<L> {
                 if written == Written::Done { "ok" } else { "gone" }
             }
             Err(error) => {
-                warn!(namespace, name, %error, "the answer was not written; trying again");
+                warn!(namespace, name, error = with_causes(&error), "the answer was not written; trying again");
                 vm.write_failed(Instant::now(), spread(0.8, 1.2));
                 "error"
             }
         };
         self.metrics.writes.with_label_values(&[result]).inc();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whoever embeds the agent may spawn it: this compiles only while that is so.
+    #[allow(dead_code)]
+    fn may_be_spawned(
+        client: Client,
+        options: Options,
+        metrics: &'static Metrics,
+        readiness: &'static Readiness,
+        shutdown: Shutdown,
+    ) {
+        fn spawnable(_: impl Future<Output = Result<(), AgentError>> + Send + 'static) {}
+        spawnable(run(client, options, locate::SocketDirectory::new("."), metrics, readiness, shutdown));
     }
 }

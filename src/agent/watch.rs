@@ -23,7 +23,7 @@ use tracing::warn;
 use super::vm::Key;
 use crate::{
     api::{MigrationForecast, names},
-    runtime::{health::Ready, shutdown::Shutdown},
+    runtime::{client::with_causes, health::Ready, shutdown::Shutdown},
 };
 
 /// What is asked of this node.
@@ -139,7 +139,7 @@ pub fn questions(
                     });
                 }
                 Some(Err(error)) => {
-                    warn!(%error, "the watch of MigrationForecasts is interrupted; it is taken up again by itself")
+                    warn!(error = with_causes(&error), "the watch of MigrationForecasts is interrupted; it is taken up again by itself");
                 }
                 None => return,
             }

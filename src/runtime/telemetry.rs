@@ -46,7 +46,9 @@ pub enum TelemetryError {
 /// Sends the events of this process to stderr. Call it once, first.
 pub fn init(args: &LogArgs) -> Result<(), TelemetryError> {
     let level = if args.log_level.trim().is_empty() { "info" } else { args.log_level.as_str() };
-    let filter = EnvFilter::try_new(level).map_err(|source| TelemetryError::Level { level: level.to_owned(), source })?;
+    // kube logs each failed request as an error of its own; whoever made the request says it better.
+    let filter = EnvFilter::try_new(format!("kube_client::client::builder=off,{level}"))
+        .map_err(|source| TelemetryError::Level { level: level.to_owned(), source })?;
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     match args.log_format {
         LogFormat::Text => {
