@@ -1,3 +1,11 @@
 //! `migvisor`: parse the command line, dispatch; nothing else.
 
-fn main() {}
+use std::process::ExitCode;
+
+use clap::Parser;
+use migvisor::cli::Cli;
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    Cli::parse().run().await
+}

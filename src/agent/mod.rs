@@ -42,7 +42,7 @@ use self::{
 use crate::{
     api::{MigrationForecastStatus, names::reason},
     collector::{self, CollectError, LookOptions, Observation},
-    model::{forecast::HostConstants, predict::forecast},
+    model::{forecast::HostConstants, pattern::PatternError, predict::forecast},
     runtime::{
         client::with_causes,
         health::Readiness,
@@ -60,8 +60,8 @@ const HEARTBEAT: Duration = Duration::from_secs(15);
 pub struct Options {
     /// The name of this node.
     pub node: String,
-    /// How long a look takes.
-    pub look: Duration,
+    /// How long a look takes, and by what means.
+    pub look: LookOptions,
     /// How old a pattern gets before the VM is looked at again; under 14 minutes, so that answers stay fresh.
     pub refresh: Duration,
     /// What this host can do, where the question does not say.
@@ -90,6 +90,8 @@ enum LookError {
     Timeout(Duration),
     #[error("the question is no more")]
     GivenUp,
+    #[error("what was seen makes no pattern: {0}; look for a longer time (--look)")]
+    Pattern(#[from] PatternError),
     #[error("what was seen could not be described: {0}; this is a defect of migvisor, please report it")]
     Describe(tokio::task::JoinError),
 }
@@ -99,7 +101,7 @@ impl LookError {
     fn result(&self) -> &'static str {
         match self {
             Self::Locate(_) => "not_found",
-            Self::Collect(_) | Self::Describe(_) => "failed",
+            Self::Collect(_) | Self::Pattern(_) | Self::Describe(_) => "failed",
             Self::Timeout(_) => "timeout",
             Self::GivenUp => "given_up",
         }
@@ -118,7 +120,7 @@ pub async fn run(
     let metrics = AgentMetrics::new(registry)?;
     let ready = readiness.wait_for("watch of MigrationForecasts");
     let (questions, watching) = watch::questions(client.clone(), options.node.clone(), ready, shutdown.clone());
-    let agent = Agent { client, options, locate, metrics, questions, vms: BTreeMap::new() };
+    let agent = Agent { client, options, locate, metrics, questions, vms: BTreeMap::new(), looks: 0 };
     tokio::select! {
         ended = agent.work(&shutdown) => ended,
         () = watching => if shutdown.is_ending() { Ok(()) } else { Err(AgentError::WatchEnded) },
@@ -132,11 +134,13 @@ struct Agent<L> {
     metrics: AgentMetrics,
     questions: Receiver<Questions>,
     vms: BTreeMap<Key, Vm>,
+    /// How many looks were begun.
+    looks: u64,
 }
 
 impl<L: Locate> Agent<L> {
     async fn work(mut self, shutdown: &Shutdown) -> Result<(), AgentError> {
-        info!(node = %self.options.node, refresh = ?self.options.refresh, look = ?self.options.look, "answering the forecasts of this node");
+        info!(node = %self.options.node, refresh = ?self.options.refresh, look = ?self.options.look.duration, "answering the forecasts of this node");
         loop {
             let next = self.plan();
             tokio::select! {
@@ -186,6 +190,7 @@ impl<L: Locate> Agent<L> {
     async fn look(&mut self, key: &Key) {
         let Some(pod_uid) = self.vms.get(key).map(|vm| vm.pod_uid().to_owned()) else { return };
         let (namespace, name) = key;
+        self.looks = self.looks.wrapping_add(1);
         let started = Instant::now();
         let looked = self.observe(key, &pod_uid).await;
         let took = started.elapsed();
@@ -213,17 +218,18 @@ impl<L: Locate> Agent<L> {
     /// One look. Given up as soon as nobody asks about this pod any more.
     async fn observe(&self, key: &Key, pod_uid: &str) -> Result<Seen, LookError> {
         let target = self.locate.locate(pod_uid)?;
-        let look = LookOptions { duration: self.options.look };
-        let limit = self.options.look * 3 + Duration::from_secs(30);
+        // Other pages each time: what one draw of samples misses, the next one sees.
+        let seed = self.options.look.seed.wrapping_add(self.looks);
+        let look = LookOptions { seed, ..self.options.look.clone() };
+        let limit = look.duration * 3 + Duration::from_secs(30);
         let observation = tokio::select! {
             observed = tokio::time::timeout(limit, collector::observe(&target, &look, |_| ())) =>
                 observed.map_err(|_| LookError::Timeout(limit))??,
             () = self.gone(key, pod_uid) => return Err(LookError::GivenUp),
         };
         let (at, measured_at) = (Instant::now(), Timestamp::now());
-        let describe = move || Arc::new(Observation::pattern(&observation));
-        let pattern = spawn_blocking(describe).await.map_err(LookError::Describe)?;
-        Ok(Seen { pattern, at, measured_at })
+        let pattern = spawn_blocking(move || Observation::pattern(&observation)).await.map_err(LookError::Describe)??;
+        Ok(Seen { pattern: Arc::new(pattern), at, measured_at })
     }
 
     /// Resolves once `key` does not ask about this pod any more.

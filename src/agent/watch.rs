@@ -1,4 +1,4 @@
-//! The MigrationForecasts of this node, as they are now.
+//! The `MigrationForecast`s of this node, as they are now.
 //!
 //! In: a watch by label; its objects are anybody's. Out: a map that is always whole: a relist drops what is gone. An object that
 //! cannot be read or is another node's stays out, is said once, and stalls nothing.
@@ -139,7 +139,10 @@ pub fn questions(
                     });
                 }
                 Some(Err(error)) => {
-                    warn!(error = with_causes(&error), "the watch of MigrationForecasts is interrupted; it is taken up again by itself");
+                    warn!(
+                        error = with_causes(&error),
+                        "the watch of MigrationForecasts is interrupted; it is taken up again by itself"
+                    );
                 }
                 None => return,
             }

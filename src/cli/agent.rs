@@ -7,12 +7,14 @@ use std::{net::SocketAddr, path::PathBuf};
 use crate::{
     agent::{self, Options, locate::SocketDirectory},
     api::scalar::Duration,
-    model::{forecast::HostConstants, units::BytesPerSecond},
+    collector::{LookOptions, SourceKind},
+    model::forecast::HostConstants,
     runtime::{
         client,
         health::{self, Readiness},
         metrics::Metrics,
         shutdown::Shutdown,
+        telemetry::{self, LogArgs},
     },
 };
 
@@ -34,6 +36,9 @@ pub struct AgentArgs {
     /// How long one look at a VM takes, 1s to 60s
     #[arg(long, value_name = "DURATION", default_value = "12s", value_parser = between::<1, 60>)]
     pub look: Duration,
+    /// How VMs are looked at
+    #[arg(long, value_enum, default_value_t = SourceKind::Auto)]
+    pub source: SourceKind,
     /// How old a pattern gets before the VM is looked at again, 5s to 13m
     #[arg(long, value_name = "DURATION", default_value = "10m", value_parser = between::<5, 780>)]
     pub refresh: Duration,
@@ -43,6 +48,9 @@ pub struct AgentArgs {
     /// How long metrics and health still answer after SIGTERM
     #[arg(long, value_name = "DURATION", default_value = "1s", value_parser = between::<0, 300>)]
     pub drain: Duration,
+    /// What is logged, and how
+    #[command(flatten)]
+    pub log: LogArgs,
 }
 
 /// Why the agent cannot run.
@@ -64,6 +72,9 @@ pub enum AgentCommandError {
         /// What is wrong with it.
         why: String,
     },
+    /// No log.
+    #[error(transparent)]
+    Telemetry(#[from] telemetry::TelemetryError),
     /// No handler for signals.
     #[error("the kernel refused a signal handler: {0}")]
     Signals(#[source] std::io::Error),
@@ -106,15 +117,8 @@ fn host_constants(path: Option<&PathBuf>) -> Result<HostConstants, AgentCommandE
     let text = std::fs::read_to_string(path).map_err(|error| wrong(format!("{error}; it has to be a readable file")))?;
     let host: HostConstants =
         serde_yaml::from_str(&text).map_err(|error| wrong(format!("{error}; write YAML or JSON such as `setupMs: 3.0`")))?;
-    let usable = |value: f64, least: f64| value.is_finite() && value >= least && value <= 1e9;
-    let sound = host.line_rate > BytesPerSecond(0)
-        && usable(host.zero_pages_per_ms, 1e-3)
-        && [host.setup_ms, host.sync_ms, host.completion_ms].into_iter().all(|ms| usable(ms, 0.0));
-    if sound {
-        Ok(host)
-    } else {
-        Err(wrong("each constant has to be finite and not negative, lineRate and zeroPagesPerMs above 0".to_owned()))
-    }
+    host.check().map_err(|error| wrong(error.to_string()))?;
+    Ok(host)
 }
 
 /// Runs until SIGTERM or SIGINT.
@@ -125,13 +129,15 @@ pub async fn run(args: AgentArgs) -> Result<(), AgentCommandError> {
         Ok(_) => return Err(AgentCommandError::QmpDir { path: args.qmp_dir, why: "it is no directory".to_owned() }),
         Err(error) => return Err(AgentCommandError::QmpDir { path: args.qmp_dir, why: error.to_string() }),
     }
+    telemetry::init(&args.log)?;
     let client = client::connect(args.kubeconfig.as_deref()).await?;
     let (trigger, shutdown) = Shutdown::on_signals(args.drain.0).map_err(AgentCommandError::Signals)?;
     let metrics = Metrics::new()?;
     let readiness = Readiness::new(shutdown.clone());
     let server = health::Server::bind(args.listen)?;
     tracing::info!(address = %server.local_addr(), "serving metrics and health");
-    let options = Options { node: args.node, look: args.look.0, refresh: args.refresh.0, host };
+    let look = LookOptions { duration: args.look.0, source: args.source, ..LookOptions::default() };
+    let options = Options { node: args.node, look, refresh: args.refresh.0, host };
     let serving = server.run(metrics.clone(), readiness.clone(), shutdown.clone());
     let answers = async {
         let ended = agent::run(client, options, SocketDirectory::new(&args.qmp_dir), &metrics, &readiness, shutdown).await;
@@ -184,7 +190,7 @@ mod tests {
         assert_eq!(read("setupMs: 9").unwrap(), HostConstants { setup_ms: 9.0, ..HostConstants::default() });
         assert_eq!(read(r#"{"syncMs": 1.5}"#).unwrap(), HostConstants { sync_ms: 1.5, ..HostConstants::default() });
         for (text, says) in
-            [("setup: 9", "unknown field"), ("setupMs: .nan", "finite"), ("lineRate: 0", "above 0"), ("[", "YAML")]
+            [("setup: 9", "unknown field"), ("setupMs: .nan", "between"), ("lineRate: 0", "above zero"), ("[", "YAML")]
         {
             let error = read(text).unwrap_err();
             assert!(error.contains(says) && error.contains("host.yaml"), "{text}: {error}");

@@ -1,8 +1,38 @@
 //! Watches a running guest's memory and describes who writes which page when.
+//!
+//! In: a QMP socket and, where it may be read, the QEMU process. Out: an [`Observation`], and from it a
+//! [`Pattern`]. Knows hypervisors, not Kubernetes.
 
 use std::{path::PathBuf, time::Duration};
 
-use crate::model::{pattern::Pattern, units::Bytes};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    model::{
+        pattern::{Pattern, PatternError},
+        units::{Bytes, PAGE},
+    },
+    qemu::{
+        qmp::{Qmp, QmpError},
+        vm::{VmError, ensure_measurable},
+    },
+};
+
+pub mod fit;
+pub mod memory;
+pub mod mixture;
+pub mod sampler;
+pub mod source;
+pub mod trace;
+pub mod windows;
+
+use memory::MemoryError;
+use source::{Chosen, Source};
+use trace::{DamagedTrace, Trace};
+use windows::Windows;
+
+/// How long the monitor may take to greet.
+const CONNECT: Duration = Duration::from_secs(5);
 
 /// Which VM to look at.
 #[derive(Debug, Clone)]
@@ -13,16 +43,34 @@ pub struct Target {
     pub pid: Option<i32>,
 }
 
-/// How long and how densely to look.
+/// How a VM is looked at.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum SourceKind {
+    /// The best that works here.
+    #[default]
+    Auto,
+    /// Hash pages of the QEMU process from outside; needs `CAP_SYS_PTRACE`, costs the guest nothing.
+    Sampler,
+    /// QEMU's dirty-bitmap measurement: KVM's dirty log, write protection during the windows.
+    DirtyBitmap,
+    /// QEMU's own page sampling; works everywhere, coarse.
+    PageSampling,
+}
+
+/// How long and by what means to look.
 #[derive(Debug, Clone)]
 pub struct LookOptions {
-    /// The whole look.
+    /// The look; about a second more is spent on finding where to look.
     pub duration: Duration,
+    /// By what means.
+    pub source: SourceKind,
+    /// Draws the pages to sample.
+    pub seed: u64,
 }
 
 impl Default for LookOptions {
     fn default() -> Self {
-        Self { duration: Duration::from_secs(12) }
+        Self { duration: Duration::from_secs(12), source: SourceKind::Auto, seed: 1 }
     }
 }
 
@@ -31,28 +79,99 @@ impl Default for LookOptions {
 pub struct Progress(pub f64);
 
 /// What was seen.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Observation {
     /// Guest RAM.
     pub ram: Bytes,
+    /// The guest was paused all the while: it writes nothing, and would not during a migration.
+    pub paused: bool,
+    /// By one means or another.
+    pub seen: Seen,
+}
+
+/// What one source has seen.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Seen {
+    /// Changes of sampled pages.
+    Trace(Trace),
+    /// f(t) at a few windows.
+    Windows(Windows),
 }
 
 impl Observation {
     /// Describes what was seen as a pattern.
-    pub fn pattern(&self) -> Pattern {
-        Pattern {}
+    pub fn pattern(&self) -> Result<Pattern, PatternError> {
+        match &self.seen {
+            Seen::Trace(trace) => fit::describe(trace),
+            Seen::Windows(windows) => windows::describe(windows),
+        }
+    }
+
+    /// Checks an observation that comes from a file.
+    pub fn check(&self) -> Result<(), DamagedTrace> {
+        let total_pages = match &self.seen {
+            Seen::Trace(trace) => {
+                trace.check()?;
+                trace.total_pages
+            }
+            Seen::Windows(windows) => {
+                let sane = |&(ms, pages): &(f64, f64)| ms.is_finite() && ms > 0.0 && pages.is_finite() && pages >= 0.0;
+                if windows.points.is_empty() || !windows.points.iter().all(sane) {
+                    return Err(DamagedTrace("its windows are not measurements".into()));
+                }
+                windows.total_pages
+            }
+        };
+        if total_pages == 0 || total_pages.checked_mul(PAGE) != Some(self.ram.0) {
+            return Err(DamagedTrace("its pages do not add up to its RAM".into()));
+        }
+        Ok(())
     }
 }
 
 /// Why a VM could not be looked at.
 #[derive(Debug, thiserror::Error)]
 pub enum CollectError {
-    /// To come.
-    #[error("not implemented")]
-    NotImplemented,
+    /// The monitor.
+    #[error(transparent)]
+    Qmp(#[from] QmpError),
+    /// The VM's state.
+    #[error(transparent)]
+    Vm(#[from] VmError),
+    /// Its memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// No way to tell which process it is.
+    #[error("cannot tell which process this QEMU is: name it with --pid, or measure through QEMU with --source dirty-bitmap")]
+    NoProcess,
+    /// Under TCG.
+    #[error("this VM runs under TCG, where KVM's dirty log shows nothing: use --source sampler or page-sampling")]
+    NoDirtyLog,
+    /// Somebody ended it.
+    #[error("the look did not end: {why}; try again")]
+    Interrupted {
+        /// How.
+        why: String,
+    },
 }
 
 /// Looks at a running VM. Reads only; the guest is never stopped.
-pub async fn observe(_target: &Target, _options: &LookOptions, _progress: impl Fn(Progress) + Send) -> Result<Observation, CollectError> {
-    Err(CollectError::NotImplemented)
+pub async fn observe(
+    target: &Target,
+    options: &LookOptions,
+    progress: impl Fn(Progress) + Send + Sync,
+) -> Result<Observation, CollectError> {
+    let mut qmp = Qmp::connect(&target.qmp, CONNECT).await?;
+    let before = ensure_measurable(&mut qmp).await?;
+    let pid = target.pid.or_else(|| qmp.peer_pid());
+    let mut source = Chosen::new(&mut qmp, options.source, pid).await?;
+    let seen = source.look(&mut qmp, options, &progress).await?;
+    let after = ensure_measurable(&mut qmp).await?;
+    let total_pages = match &seen {
+        Seen::Trace(trace) => trace.total_pages,
+        Seen::Windows(windows) => windows.total_pages,
+    };
+    Ok(Observation { ram: Bytes(total_pages * PAGE), paused: before.is_paused() && after.is_paused(), seen })
 }

@@ -34,7 +34,14 @@ fn iterate(name: &str, nonzero_pages: f64, settings: &Settings, dirtied: impl Fn
         total_ms += ms;
         if ms <= settings.downtime_limit_ms {
             let downtime_ms = Some(ms);
-            return Baseline { name: name.into(), converges: true, iterations, total_ms, downtime_ms, dirtied_pages: whole(pages) };
+            return Baseline {
+                name: name.into(),
+                converges: true,
+                iterations,
+                total_ms,
+                downtime_ms,
+                dirtied_pages: whole(pages),
+            };
         }
         if total_ms >= settings.deadline_ms || iterations >= MOST_ITERATIONS {
             let total_ms = settings.deadline_ms;

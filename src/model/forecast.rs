@@ -42,7 +42,41 @@ pub struct HostConstants {
 impl Default for HostConstants {
     /// Assumptions for a host nobody has measured: as on the reference host (QEMU 10.0.2, KVM, a unix socket).
     fn default() -> Self {
-        Self { line_rate: BytesPerSecond(2_306_867_200), zero_pages_per_ms: 1800.0, setup_ms: 3.0, sync_ms: 0.6, completion_ms: 5.0 }
+        Self {
+            line_rate: BytesPerSecond(2_306_867_200),
+            zero_pages_per_ms: 1800.0,
+            setup_ms: 3.0,
+            sync_ms: 0.6,
+            completion_ms: 5.0,
+        }
+    }
+}
+
+/// A host constant that cannot be.
+#[derive(Debug, thiserror::Error, PartialEq)]
+#[error("{name} is {value}: it has to be {wanted}")]
+pub struct AbsurdConstant {
+    name: &'static str,
+    value: f64,
+    wanted: &'static str,
+}
+
+impl HostConstants {
+    /// Checks constants that come from outside.
+    pub fn check(&self) -> Result<(), AbsurdConstant> {
+        let positive = |name, value: f64| {
+            let sound = value.is_finite() && (1e-3..1e15).contains(&value);
+            if sound { Ok(()) } else { Err(AbsurdConstant { name, value, wanted: "above zero" }) }
+        };
+        let duration = |name, value: f64| {
+            let sound = (0.0..=60_000.0).contains(&value);
+            if sound { Ok(()) } else { Err(AbsurdConstant { name, value, wanted: "between 0 and 60000 ms" }) }
+        };
+        positive("lineRate", self.line_rate.0 as f64)?;
+        positive("zeroPagesPerMs", self.zero_pages_per_ms)?;
+        duration("setupMs", self.setup_ms)?;
+        duration("syncMs", self.sync_ms)?;
+        duration("completionMs", self.completion_ms)
     }
 }
 

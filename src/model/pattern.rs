@@ -347,7 +347,10 @@ mod tests {
         assert_eq!(new(vec![]), PatternError::Empty);
         assert_eq!(new(vec![sample(2, 1.0, Writer::Idle), sample(2, 1.0, Writer::Idle)]), PatternError::Unordered(1));
         assert!(matches!(new(vec![sample(0, f64::NAN, Writer::Idle)]), PatternError::Absurd { what: "weight", .. }));
-        assert!(matches!(new(vec![sample(0, 1.0, Writer::Random { rate: 0.0 })]), PatternError::Absurd { what: "write rate", .. }));
+        assert!(matches!(
+            new(vec![sample(0, 1.0, Writer::Random { rate: 0.0 })]),
+            PatternError::Absurd { what: "write rate", .. }
+        ));
         assert!(matches!(new(vec![sample(0, 1.0, Writer::Traced { row: 0 })]), PatternError::NoSuchTrace { rows: 0, .. }));
     }
 }

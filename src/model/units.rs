@@ -192,7 +192,9 @@ mod tests {
 
     #[test]
     fn reads_what_kubernetes_writes() {
-        for (text, bytes) in [("100Mi", 104_857_600), ("1Gi", 1 << 30), ("0", 0), ("1500m", 2), ("1e3", 1000), ("64M", 64_000_000), (" 7 ", 7)] {
+        for (text, bytes) in
+            [("100Mi", 104_857_600), ("1Gi", 1 << 30), ("0", 0), ("1500m", 2), ("1e3", 1000), ("64M", 64_000_000), (" 7 ", 7)]
+        {
             assert_eq!(text.parse::<BytesPerSecond>(), Ok(BytesPerSecond(bytes)), "{text}");
         }
     }

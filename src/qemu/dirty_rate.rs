@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 use serde_json::{Value, json};
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, sleep_until};
 
 use super::{
     qmp::{Qmp, QmpError},
@@ -22,6 +22,7 @@ pub const PATIENCE: Duration = Duration::from_secs(10);
 /// Beyond the window, until the result must be there: the syncs of a large guest take their time.
 const GRACE: Duration = Duration::from_secs(10);
 const POLL: Duration = Duration::from_millis(10);
+const LOOK: Duration = Duration::from_secs(1);
 
 /// How QEMU looks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -139,8 +140,10 @@ async fn finish(qmp: &mut Qmp, window: Duration, mode: DirtyRateMode) -> Result<
     }
     let patience = window.saturating_add(GRACE);
     let deadline = Instant::now() + patience;
-    sleep(window).await;
+    let over = Instant::now() + window;
     loop {
+        // In a long window look now and then: a VM that ended is noticed soon.
+        sleep_until(over.min(Instant::now() + LOOK)).await;
         let info = query(qmp).await?;
         if !is_ours(&info, window, mode) || !began_together(&started, &info) {
             return Ok(None);
@@ -151,7 +154,9 @@ async fn finish(qmp: &mut Qmp, window: Duration, mode: DirtyRateMode) -> Result<
         if Instant::now() >= deadline {
             return Err(VmError::MeasurementStuck { window, waited: patience });
         }
-        sleep(POLL).await;
+        if Instant::now() >= over {
+            sleep(POLL).await;
+        }
     }
 }
 

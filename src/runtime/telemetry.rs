@@ -20,10 +20,10 @@ pub enum LogFormat {
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct LogArgs {
     /// What to log: a level, or directives such as `info,migvisor=debug`
-    #[arg(long, env = "RUST_LOG", default_value = "info", global = true, value_name = "LEVEL")]
+    #[arg(long, env = "RUST_LOG", default_value = "info", value_name = "LEVEL")]
     pub log_level: String,
     /// How log lines look
-    #[arg(long, value_enum, default_value_t = LogFormat::Text, global = true)]
+    #[arg(long, value_enum, default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,
 }
 

@@ -1,0 +1,79 @@
+//! A line of a given rate between two QEMUs. In: where the target listens, a rate. Out: a socket for the source.
+//!
+//! What QEMU sends is carried in pieces of at most 64 KiB, each as long under way as the rate says, by deadlines that do not
+//! drift. The return path is not paced. A unix socket holds at most what its sender's buffer holds, 208 KiB by default: 2 ms
+//! at 100 MiB/s.
+
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::{Context, Result, ensure};
+use migvisor::model::units::BytesPerSecond;
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    net::{UnixListener, UnixStream},
+    task::JoinHandle,
+    time::{Instant, sleep_until},
+};
+
+const PIECE: usize = 64 << 10;
+/// A timer that wakes late is made up for, by this much; a pause of the sender is not.
+const SLACK: Duration = Duration::from_millis(5);
+
+/// The line. It goes down when dropped.
+#[derive(Debug)]
+pub struct Link {
+    task: JoinHandle<()>,
+    socket: PathBuf,
+}
+
+impl Link {
+    /// Listens at `socket` and carries everything to `target` at `rate`.
+    pub fn start(socket: &Path, target: &Path, rate: BytesPerSecond) -> Result<Self> {
+        ensure!(rate.0 > 0, "a link needs a rate");
+        let listener = UnixListener::bind(socket).with_context(|| format!("listening at {}", socket.display()))?;
+        let target = target.to_owned();
+        let task = tokio::spawn(async move {
+            while let Ok((source, _)) = listener.accept().await {
+                let Ok(target) = UnixStream::connect(&target).await else { continue };
+                tokio::spawn(carry(source, target, rate));
+            }
+        });
+        Ok(Self { task, socket: socket.to_owned() })
+    }
+
+    /// Where the source connects.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+async fn carry(source: UnixStream, target: UnixStream, rate: BytesPerSecond) {
+    let (from_source, mut to_source) = source.into_split();
+    let (mut from_target, to_target) = target.into_split();
+    let back = tokio::spawn(async move { tokio::io::copy(&mut from_target, &mut to_source).await });
+    // A broken end ends both: QEMU sees a lost connection, as on a real line.
+    let _ = pace(from_source, to_target, rate).await;
+    back.abort();
+}
+
+async fn pace(mut from: impl AsyncRead + Unpin, mut to: impl AsyncWrite + Unpin, rate: BytesPerSecond) -> std::io::Result<()> {
+    let mut piece = vec![0; PIECE];
+    let mut free = Instant::now();
+    loop {
+        let length = from.read(&mut piece).await?;
+        let Some(data) = piece.get(..length).filter(|data| !data.is_empty()) else { return to.shutdown().await };
+        free = free.max(Instant::now().checked_sub(SLACK).unwrap_or(free));
+        free += Duration::from_secs_f64(length as f64 / rate.0 as f64);
+        sleep_until(free).await;
+        to.write_all(data).await?;
+    }
+}

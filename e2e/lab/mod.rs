@@ -1,0 +1,22 @@
+//! The laboratory: real QEMU guests with a known write process, and real migrations between them.
+//!
+//! | module | what it does |
+//! |---|---|
+//! | [`guest`] | builds the paced guest and says what it writes |
+//! | [`vm`] | starts and ends a QEMU with it, as a source or as the target of a migration |
+//! | [`migrate`] | moves a guest for real and reads the truth |
+//! | [`link`] | a line of a given rate between two QEMUs |
+//! | [`host`] | measures this host's constants |
+//!
+//! Whatever is started here ends with the value that stands for it, and with this process, however that ends.
+
+pub mod guest;
+pub mod host;
+pub mod link;
+pub mod migrate;
+mod process;
+pub mod vm;
+
+pub use guest::{GuestSpec, Writes};
+pub use migrate::{Outcome, Settings, Truth, migrate};
+pub use vm::{Vm, VmSpec};

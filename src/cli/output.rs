@@ -1,0 +1,117 @@
+//! A forecast for people (a table) and for programs (JSON or YAML with the keys of [`Forecast`]).
+
+use std::{fmt::Write, process::ExitCode};
+
+use clap::ValueEnum;
+use serde_json::json;
+
+use super::exit;
+use crate::model::{
+    forecast::{Forecast, Method, Question, Verdict},
+    units::{Bytes, BytesPerSecond},
+};
+
+/// How a forecast is written.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub(super) enum Format {
+    /// For people.
+    #[default]
+    Table,
+    /// For programs.
+    Json,
+    /// For programs and people.
+    Yaml,
+}
+
+/// Writes a forecast, and says with the exit code how it came out.
+pub(super) fn forecast(forecast: &Forecast, question: &Question, format: Format) -> anyhow::Result<ExitCode> {
+    super::print(&match format {
+        Format::Table => table(forecast, question),
+        Format::Json => serde_json::to_string_pretty(forecast)? + "\n",
+        Format::Yaml => serde_yaml::to_string(forecast)?,
+    })?;
+    Ok(ExitCode::from(match forecast.verdict {
+        Verdict::Converges => exit::CONVERGES,
+        Verdict::Borderline | Verdict::Fails => exit::FAILS,
+        Verdict::Unknown => exit::UNKNOWN,
+    }))
+}
+
+/// Writes that there is no forecast, and why. The keys are those of a forecast; there are no numbers to go with them.
+pub(super) fn unknown(why: &str, format: Format) -> anyhow::Result<ExitCode> {
+    let value = json!({
+        "verdict": Verdict::Unknown, "message": why, "probability": null, "method": null, "iterations": null,
+        "convergenceMs": null, "downtimeMs": null, "totalMs": null, "dirtiedPages": null, "transferredBytes": null,
+        "leastConvergentBandwidth": null, "cost": null, "bounds": null, "pattern": null,
+    });
+    super::print(&match format {
+        Format::Table => format!("Verdict    Unknown: {why}\n"),
+        Format::Json => serde_json::to_string_pretty(&value)? + "\n",
+        Format::Yaml => serde_yaml::to_string(&value)?,
+    })?;
+    Ok(ExitCode::from(exit::UNKNOWN))
+}
+
+/// `1.83 s`, `45 ms`.
+fn time(ms: f64) -> String {
+    if ms < 1000.0 { format!("{ms:.0} ms") } else { format!("{:.2} s", ms / 1000.0) }
+}
+
+/// One forecast on a page.
+fn table(f: &Forecast, question: &Question) -> String {
+    let mut out = String::new();
+    let mut row = |name: &str, value: String, range: Option<String>| {
+        let range = range.map(|range| format!("   {range}")).unwrap_or_default();
+        // Writing to a string cannot fail.
+        let _ = writeln!(out, "{name:<22}{value}{range}");
+    };
+    let between = |(low, high): (f64, f64)| Some(format!("({} – {})", time(low), time(high)));
+    let verdict = match f.verdict {
+        Verdict::Converges => "Converges",
+        Verdict::Borderline if f.sla_exceeded => "Borderline: it converges, but not within the SLA",
+        Verdict::Borderline => "Borderline: near the edge it is a toss of a coin",
+        Verdict::Fails => "Fails",
+        Verdict::Unknown => "Unknown",
+    };
+    row("Verdict", format!("{verdict} (probability {:.2})", f.probability), None);
+    if f.low_confidence {
+        row("", "low confidence: the look was shorter than the migration would be; use a longer --look".into(), None);
+    }
+    let method = match f.method {
+        Method::PatternCollector => "PC (replay of the observed working-set pattern)",
+        Method::DryRun => "DR (dry run)",
+    };
+    row("Method", method.into(), None);
+    let budget =
+        question.time_budget.map_or_else(|| "no time budget".to_owned(), |b| format!("budget {}", time(b.as_secs_f64() * 1e3)));
+    row("Bandwidth", format!("{}, downtime limit {:?}, {budget}", question.bandwidth.human(), question.downtime_limit), None);
+    match f.downtime_ms {
+        Some(downtime) => {
+            row("Total time", time(f.total_ms), between(f.bounds.total_ms));
+            row("Downtime", time(downtime), f.bounds.downtime_ms.and_then(between));
+        }
+        None => row("Total time", format!("would still be copying after {}", time(f.total_ms)), None),
+    }
+    row("Iterations", f.iterations.to_string(), Some(format!("({} – {})", f.bounds.iterations.0, f.bounds.iterations.1)));
+    let (low, high) = f.bounds.dirtied_pages;
+    row("Pages sent", f.dirtied_pages.to_string(), Some(format!("({low} – {high})")));
+    row("On the wire", Bytes(f.transferred_bytes).human(), None);
+    let lcb = f.least_convergent_bandwidth.map_or_else(
+        || format!("none: not even the line's {} suffices", question.host.line_rate.human()),
+        |rate| BytesPerSecond(rate).human(),
+    );
+    row("Least bandwidth", lcb, None);
+    if let Some(cost) = f.cost {
+        row("Cost", format!("{cost:.3}"), None);
+    }
+    for baseline in &f.baselines {
+        let says = match baseline.downtime_ms {
+            Some(downtime) => {
+                format!("{} total, {} down, {} pages", time(baseline.total_ms), time(downtime), baseline.dirtied_pages)
+            }
+            None => "fails".into(),
+        };
+        row(&format!("  {} model says", baseline.name), says, None);
+    }
+    out
+}

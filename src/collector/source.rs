@@ -1,0 +1,174 @@
+//! The ways to look at a VM, behind one trait, and the choice between them.
+
+use std::{
+    fs,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::{task::spawn_blocking, time::sleep};
+
+use super::{
+    CollectError, LookOptions, Progress, Seen, SourceKind,
+    memory::GuestMemory,
+    sampler,
+    windows::{Windows, measure},
+};
+use crate::{
+    model::units::PAGE,
+    qemu::{
+        dirty_rate::DirtyRateMode,
+        qmp::Qmp,
+        ram::{guest_ram, guest_ram_bytes},
+        vm::{ensure_measurable, kvm_enabled},
+    },
+};
+
+/// How often a running look makes sure that no migration has started.
+const WATCH: Duration = Duration::from_millis(500);
+/// The most that QEMU takes.
+const SAMPLES_PER_GIB: u32 = 16_384;
+
+/// A way to look at a running VM. It reads; it never stops the guest.
+pub trait Source {
+    /// Looks for as long as the options say.
+    fn look(
+        &mut self,
+        qmp: &mut Qmp,
+        options: &LookOptions,
+        progress: &(dyn Fn(Progress) + Sync),
+    ) -> impl Future<Output = Result<Seen, CollectError>> + Send;
+}
+
+/// Hashes pages from outside.
+#[derive(Debug)]
+pub struct PageSampler {
+    /// The QEMU process.
+    pub pid: i32,
+}
+
+/// Asks QEMU.
+#[derive(Debug)]
+pub struct DirtyRateSource {
+    /// How QEMU looks.
+    pub mode: DirtyRateMode,
+    /// The QEMU process, if known: what it holds in memory bounds what is not zero.
+    pub pid: Option<i32>,
+}
+
+/// Whichever was chosen.
+#[derive(Debug)]
+pub enum Chosen {
+    /// Pages read from outside.
+    Sampler(PageSampler),
+    /// Windows measured by QEMU.
+    DirtyRate(DirtyRateSource),
+}
+
+impl Chosen {
+    /// What the options name; automatically the sampler where memory can be read, else KVM's dirty log, else QEMU's page
+    /// sampling (under TCG the dirty log shows nothing).
+    pub async fn new(qmp: &mut Qmp, kind: SourceKind, pid: Option<i32>) -> Result<Self, CollectError> {
+        let dirty_rate = |mode| Self::DirtyRate(DirtyRateSource { mode, pid });
+        match kind {
+            SourceKind::Sampler => pid.map(|pid| Self::Sampler(PageSampler { pid })).ok_or(CollectError::NoProcess),
+            SourceKind::DirtyBitmap if kvm_enabled(qmp).await? => Ok(dirty_rate(DirtyRateMode::DirtyBitmap)),
+            SourceKind::DirtyBitmap => Err(CollectError::NoDirtyLog),
+            SourceKind::PageSampling => Ok(dirty_rate(DirtyRateMode::PageSampling { sample_pages: SAMPLES_PER_GIB })),
+            SourceKind::Auto => {
+                if let Some(pid) = pid
+                    && let Ok(ram) = guest_ram(qmp).await
+                    && GuestMemory::new(pid, &ram.blocks).present().is_ok()
+                {
+                    return Ok(Self::Sampler(PageSampler { pid }));
+                }
+                if kvm_enabled(qmp).await? {
+                    return Ok(dirty_rate(DirtyRateMode::DirtyBitmap));
+                }
+                Ok(dirty_rate(DirtyRateMode::PageSampling { sample_pages: SAMPLES_PER_GIB }))
+            }
+        }
+    }
+}
+
+impl Source for Chosen {
+    async fn look(
+        &mut self,
+        qmp: &mut Qmp,
+        options: &LookOptions,
+        progress: &(dyn Fn(Progress) + Sync),
+    ) -> Result<Seen, CollectError> {
+        match self {
+            Self::Sampler(source) => source.look(qmp, options, progress).await,
+            Self::DirtyRate(source) => source.look(qmp, options, progress).await,
+        }
+    }
+}
+
+impl Source for PageSampler {
+    async fn look(
+        &mut self,
+        qmp: &mut Qmp,
+        options: &LookOptions,
+        progress: &(dyn Fn(Progress) + Sync),
+    ) -> Result<Seen, CollectError> {
+        let ram = guest_ram(qmp).await?;
+        let mut memory = GuestMemory::new(self.pid, &ram.blocks);
+        let stop = StopOnDrop(Arc::default());
+        let stopped = Arc::clone(&stop.0);
+        let done = Arc::new(AtomicU64::new(0));
+        let reported = Arc::clone(&done);
+        let (duration, seed) = (options.duration, options.seed);
+        let mut look = spawn_blocking(move || {
+            let note = |share: f64| reported.store(share.to_bits(), Ordering::Relaxed);
+            sampler::look(&mut memory, duration, seed, &stopped, note)
+        });
+        loop {
+            tokio::select! {
+                seen = &mut look => {
+                    let trace = seen.map_err(|error| CollectError::Interrupted { why: error.to_string() })??;
+                    return trace.map(Seen::Trace).ok_or_else(|| CollectError::Interrupted { why: "it was stopped".into() });
+                }
+                () = sleep(WATCH) => {
+                    // A migration that starts now must not be measured along: throttling would pass for the guest's calm.
+                    ensure_measurable(qmp).await?;
+                    progress(Progress(f64::from_bits(done.load(Ordering::Relaxed))));
+                }
+            }
+        }
+    }
+}
+
+impl Source for DirtyRateSource {
+    async fn look(
+        &mut self,
+        qmp: &mut Qmp,
+        options: &LookOptions,
+        progress: &(dyn Fn(Progress) + Sync),
+    ) -> Result<Seen, CollectError> {
+        let total_pages = guest_ram_bytes(qmp).await?.pages();
+        let points = measure(qmp, self.mode, options.duration, |share| progress(Progress(share))).await?;
+        let resident_pages = self.pid.and_then(resident_pages).unwrap_or(total_pages);
+        Ok(Seen::Windows(Windows { total_pages, resident_pages, points }))
+    }
+}
+
+/// What the kernel holds in memory for a process; readable by everybody.
+fn resident_pages(pid: i32) -> Option<u64> {
+    let statm = fs::read_to_string(format!("/proc/{pid}/statm")).ok()?;
+    let host_pages: u64 = statm.split_ascii_whitespace().nth(1)?.parse().ok()?;
+    // The host's page is 4 KiB on every machine that QEMU's x86 guests run on.
+    Some(host_pages * 4096 / PAGE)
+}
+
+/// A look that nobody waits for any more ends.
+struct StopOnDrop(Arc<AtomicBool>);
+
+impl Drop for StopOnDrop {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
