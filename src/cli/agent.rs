@@ -24,7 +24,7 @@ pub struct AgentArgs {
     /// Name of this node, as in the spec.nodeName of its pods
     #[arg(long, env = "NODE_NAME", value_name = "NAME", value_parser = node_name)]
     pub node: String,
-    /// Directory of QMP sockets: <pod UID>.sock for each VM
+    /// Directory of QMP sockets, one `<pod UID>.sock` for each VM
     #[arg(long, value_name = "DIR")]
     pub qmp_dir: PathBuf,
     /// How to reach the API server; else $KUBECONFIG, ~/.kube/config or the pod's service account
