@@ -7,6 +7,7 @@ use std::{
 
 use clap::{Parser, Subcommand};
 
+pub mod agent;
 pub mod collect;
 pub mod crd;
 mod output;
@@ -42,6 +43,8 @@ enum Command {
     Collect(collect::CollectArgs),
     /// Forecast from a recording.
     Replay(replay::ReplayArgs),
+    /// Answer the forecasts of one node: the daemon that runs beside its VMs.
+    Agent(agent::AgentArgs),
     /// Print the custom resources, for `kubectl apply -f -`.
     Crd,
 }
@@ -53,6 +56,7 @@ impl Cli {
             Command::Predict(args) => predict::run(args).await,
             Command::Collect(args) => collect::run(args).await,
             Command::Replay(args) => replay::run(&args),
+            Command::Agent(args) => agent::run(args).await.map(|()| ExitCode::SUCCESS).map_err(Into::into),
             Command::Crd => crd::run().map(|()| ExitCode::SUCCESS).map_err(Into::into),
         };
         result.unwrap_or_else(|error| {

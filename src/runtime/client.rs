@@ -45,6 +45,20 @@ pub async fn connect(kubeconfig: Option<&Path>) -> Result<Client, ClientError> {
     Client::try_from(config).map_err(ClientError::Client)
 }
 
+/// An error with its causes: kube's own text ends at `client error (Connect)`, the causes say `Connection refused`.
+pub fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let more = error.to_string();
+        if !text.contains(&more) {
+            text = format!("{text}: {more}");
+        }
+        cause = error.source();
+    }
+    text
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
@@ -55,5 +69,15 @@ mod tests {
         let Err(error) = connect(Some(Path::new("no/such/kubeconfig"))).await else { unreachable!() };
         let text = error.to_string();
         assert!(text.contains("no/such/kubeconfig") && text.contains("kubectl"), "{text}");
+    }
+
+    #[tokio::test]
+    async fn an_unreachable_server_says_why() {
+        install_crypto();
+        let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let client = Client::try_from(Config::new(format!("http://{free}").parse().unwrap())).unwrap();
+        let error = client.apiserver_version().await.unwrap_err();
+        let text = with_causes(&error);
+        assert!(text.contains("refused") && text.matches("client error").count() == 1, "{text}");
     }
 }

@@ -19,7 +19,7 @@ use tokio::{
 };
 use tracing::{debug, info, warn};
 
-use super::shutdown::Shutdown;
+use super::{client::with_causes, shutdown::Shutdown};
 
 /// Whose Lease, and how patient.
 #[derive(Debug, Clone)]
@@ -208,7 +208,9 @@ impl Election {
         match timeout_at(limit, self.attempt(started)).await {
             Ok(Ok(true)) => self.lead(Some(started + self.options.renew_deadline)),
             Ok(Ok(false)) => self.lead(None),
-            Ok(Err(error)) => warn!(lease = %self.options.name, %error, "the Lease could not be read or written; trying again"),
+            Ok(Err(error)) => {
+                warn!(lease = %self.options.name, error = with_causes(&error), "the Lease could not be read or written; trying again");
+            }
             Err(_) => debug!(lease = %self.options.name, "the API server did not answer in time"),
         }
         if self.state.borrow().is_some_and(|until| Instant::now() >= until) {
@@ -259,7 +261,9 @@ impl Election {
         };
         match timeout(self.options.retry, give_back).await {
             Ok(Ok(())) => info!(lease = %self.options.name, "the Lease is given back"),
-            Ok(Err(error)) => warn!(lease = %self.options.name, %error, "the Lease was not given back; it runs out by itself"),
+            Ok(Err(error)) => {
+                warn!(lease = %self.options.name, error = with_causes(&error), "the Lease was not given back; it runs out by itself");
+            }
             Err(_) => warn!(lease = %self.options.name, "the Lease was not given back in time; it runs out by itself"),
         }
     }

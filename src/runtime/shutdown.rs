@@ -66,6 +66,11 @@ impl Shutdown {
         if self.0.has_changed().is_err() { Phase::Stopped } else { *self.0.borrow() }
     }
 
+    /// True while draining and after.
+    pub fn is_ending(&self) -> bool {
+        self.phase() != Phase::Running
+    }
+
     /// Resolves once nothing new may begin.
     pub async fn draining(&self) {
         self.reached(Phase::Draining).await;

@@ -20,10 +20,10 @@ pub enum LogFormat {
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct LogArgs {
     /// What to log: a level, or directives such as `info,migvisor=debug`
-    #[arg(long, env = "RUST_LOG", default_value = "info", global = true, value_name = "LEVEL")]
+    #[arg(long, env = "RUST_LOG", default_value = "info", value_name = "LEVEL")]
     pub log_level: String,
     /// How log lines look
-    #[arg(long, value_enum, default_value_t = LogFormat::Text, global = true)]
+    #[arg(long, value_enum, default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,
 }
 
@@ -46,7 +46,9 @@ pub enum TelemetryError {
 /// Sends the events of this process to stderr. Call it once, first.
 pub fn init(args: &LogArgs) -> Result<(), TelemetryError> {
     let level = if args.log_level.trim().is_empty() { "info" } else { args.log_level.as_str() };
-    let filter = EnvFilter::try_new(level).map_err(|source| TelemetryError::Level { level: level.to_owned(), source })?;
+    // kube logs each failed request as an error of its own; whoever made the request says it better.
+    let filter = EnvFilter::try_new(format!("kube_client::client::builder=off,{level}"))
+        .map_err(|source| TelemetryError::Level { level: level.to_owned(), source })?;
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     match args.log_format {
         LogFormat::Text => {

@@ -1,0 +1,255 @@
+//! What the agent knows of one VM: the question, the pattern, the last failure, the answer. A state machine without I/O.
+//!
+//! In: the object as it is watched, the outcome of looks and writes, the time. Out: a [`Case`] for the scheduler and what to write.
+//! Good data outlives failures: while a pattern of this very pod is fresh, questions are answered from it.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use k8s_openapi::jiff::Timestamp;
+
+use super::{
+    answer::{self, Asked},
+    schedule::Case,
+};
+use crate::{
+    api::{MigrationForecast, MigrationForecastStatus},
+    model::{
+        forecast::{HostConstants, Verdict},
+        pattern::Pattern,
+    },
+};
+
+/// Namespace and name of an object.
+pub type Key = (String, String);
+
+/// An older pattern answers nothing any more.
+pub const FRESH: Duration = Duration::from_secs(20 * 60);
+/// An answer is written at least this often, with the time of the newest look (a minute is left for the queue).
+pub const REWRITE: Duration = Duration::from_secs(14 * 60);
+/// The least pause between two writes that answer the same question.
+const WRITE_GAP: Duration = Duration::from_secs(5);
+/// The first and the longest pause after a failed look.
+const BACKOFF: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(300));
+/// The first and the longest pause after a failed write.
+const WRITE_BACKOFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+
+/// A look that succeeded.
+#[derive(Debug, Clone)]
+pub struct Seen {
+    /// Who writes which page when.
+    pub pattern: Arc<Pattern>,
+    /// When the look ended, by our monotonic clock.
+    pub at: Instant,
+    /// The same by the wall clock, for `measuredAt`.
+    pub measured_at: Timestamp,
+}
+
+/// A look that failed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Trouble {
+    /// One of [`crate::api::names::reason`].
+    pub reason: &'static str,
+    /// What happened and what to do.
+    pub message: String,
+    failures: u32,
+    until: Instant,
+}
+
+/// One VM of this node.
+#[derive(Debug)]
+pub struct Vm {
+    uid: String,
+    pod_uid: String,
+    generation: i64,
+    asked: Asked,
+    wanted_since: Option<Instant>,
+    seen: Option<Seen>,
+    refresh_due: Instant,
+    trouble: Option<Trouble>,
+    published: Option<(MigrationForecastStatus, Instant)>,
+    ready: Option<(MigrationForecastStatus, Instant)>,
+    write_failures: u32,
+}
+
+impl Vm {
+    /// Takes up an object. An answer of an earlier life of this agent still stands while it is fresh: the VM queues up for its
+    /// refresh instead of being looked at at once, so that a restart is no stampede.
+    pub fn new(object: &MigrationForecast, host: &HostConstants, now: Instant, wall: Timestamp, refresh: Duration) -> Self {
+        let mut vm = Self {
+            uid: object.metadata.uid.clone().unwrap_or_default(),
+            pod_uid: object.spec.pod_uid.clone(),
+            generation: object.metadata.generation.unwrap_or_default(),
+            asked: answer::read(&object.spec, host),
+            wanted_since: Some(now),
+            seen: None,
+            refresh_due: now,
+            trouble: None,
+            published: None,
+            ready: None,
+            write_failures: 0,
+        };
+        if let Some(status) = &object.status {
+            let age = status.measured_at.as_ref().and_then(|at| Duration::try_from(wall.duration_since(at.0)).ok());
+            vm.published = now.checked_sub(age.unwrap_or(REWRITE)).map(|at| (status.clone(), at));
+            let known = status.verdict.is_some_and(|verdict| verdict != Verdict::Unknown);
+            let answers = status.observed_generation == Some(vm.generation);
+            if let Some(age) = age.filter(|age| known && answers && *age < FRESH) {
+                vm.wanted_since = None;
+                vm.refresh_due = now + refresh.saturating_sub(age);
+            }
+        }
+        vm
+    }
+
+    /// Takes up the object as it is now. True: it is another object or pod, so everything known was dropped.
+    pub fn update(
+        &mut self,
+        object: &MigrationForecast,
+        host: &HostConstants,
+        now: Instant,
+        wall: Timestamp,
+        refresh: Duration,
+    ) -> bool {
+        if object.metadata.uid.as_deref() != Some(self.uid.as_str()) || object.spec.pod_uid != self.pod_uid {
+            *self = Self::new(object, host, now, wall, refresh);
+            return true;
+        }
+        let generation = object.metadata.generation.unwrap_or_default();
+        if generation != self.generation {
+            self.generation = generation;
+            self.asked = answer::read(&object.spec, host);
+            self.wanted_since = Some(now);
+            self.ready = None;
+        }
+        false
+    }
+
+    /// For the scheduler.
+    pub fn case(&self, key: Key, now: Instant) -> Case<Key> {
+        Case {
+            key,
+            wanted_since: self.wanted_since,
+            measurable: matches!(self.asked, Asked::Model(_)),
+            fresh: self.fresh(now).is_some(),
+            refresh_due: self.refresh_due,
+            look_after: self.trouble.as_ref().map(|trouble| trouble.until),
+            write_due: self.ready.as_ref().map(|(_, due)| *due),
+        }
+    }
+
+    /// UID of the object.
+    pub fn uid(&self) -> &str {
+        &self.uid
+    }
+
+    /// UID of the pod that holds the VM.
+    pub fn pod_uid(&self) -> &str {
+        &self.pod_uid
+    }
+
+    /// The generation that is being asked.
+    pub fn generation(&self) -> i64 {
+        self.generation
+    }
+
+    /// What is being asked.
+    pub fn asked(&self) -> &Asked {
+        &self.asked
+    }
+
+    /// The last look, if it is fresh.
+    pub fn fresh(&self, now: Instant) -> Option<&Seen> {
+        self.seen.as_ref().filter(|seen| now.saturating_duration_since(seen.at) < FRESH)
+    }
+
+    /// The last look, however old.
+    pub fn seen(&self) -> Option<&Seen> {
+        self.seen.as_ref()
+    }
+
+    /// The last failure, if nothing has succeeded since.
+    pub fn trouble(&self) -> Option<&Trouble> {
+        self.trouble.as_ref()
+    }
+
+    /// The verdict that was published last.
+    pub fn verdict(&self) -> Option<Verdict> {
+        self.published.as_ref().and_then(|(status, _)| status.verdict)
+    }
+
+    /// What was published last.
+    pub fn published(&self) -> Option<&MigrationForecastStatus> {
+        self.published.as_ref().map(|(status, _)| status)
+    }
+
+    /// A look succeeded: answer anew, look again after `refresh`.
+    pub fn looked(&mut self, seen: Seen, refresh: Duration) {
+        self.refresh_due = seen.at + refresh;
+        self.wanted_since = self.wanted_since.or(Some(seen.at));
+        self.seen = Some(seen);
+        self.trouble = None;
+    }
+
+    /// A look failed: leave it alone for a while (`spread` about 1 keeps many apart), and say so unless good data stands.
+    pub fn failed(&mut self, reason: &'static str, message: String, now: Instant, spread: f64) {
+        let failures = self.trouble.as_ref().map_or(0, |trouble| trouble.failures).saturating_add(1);
+        self.trouble = Some(Trouble { reason, message, failures, until: now + backoff(BACKOFF, failures, spread) });
+        if self.fresh(now).is_none() {
+            self.wanted_since = self.wanted_since.or(Some(now));
+        }
+    }
+
+    /// An answer to the question of `generation` is there: it will be written now, soon or (if it says little new) at the next
+    /// rewrite. An answer to an earlier question is dropped.
+    pub fn answered(&mut self, status: MigrationForecastStatus, now: Instant) {
+        if status.observed_generation != Some(self.generation) {
+            return;
+        }
+        self.wanted_since = None;
+        let due = match &self.published {
+            None => now,
+            Some((old, _)) if old.observed_generation != status.observed_generation => now,
+            Some((old, at)) if answer::worth_writing(old, &status) => (*at + WRITE_GAP).max(now),
+            // Words do not age: there is no new look to tell of.
+            Some((old, _)) if status.measured_at == old.measured_at => return self.ready = None,
+            Some((_, at)) => *at + REWRITE,
+        };
+        self.ready = Some((status, due));
+    }
+
+    /// What is to be written.
+    pub fn to_write(&self) -> Option<&MigrationForecastStatus> {
+        self.ready.as_ref().map(|(status, _)| status)
+    }
+
+    /// It was written.
+    pub fn written(&mut self, status: MigrationForecastStatus, now: Instant) {
+        if self.ready.as_ref().is_some_and(|(ready, _)| *ready == status) {
+            self.ready = None;
+        }
+        self.published = Some((status, now));
+        self.write_failures = 0;
+    }
+
+    /// It could not be written.
+    pub fn write_failed(&mut self, now: Instant, spread: f64) {
+        self.write_failures = self.write_failures.saturating_add(1);
+        let pause = backoff(WRITE_BACKOFF, self.write_failures, spread);
+        if let Some((_, due)) = &mut self.ready {
+            *due = now + pause;
+        }
+    }
+}
+
+/// Doubles with each failure, up to a limit.
+fn backoff((first, longest): (Duration, Duration), failures: u32, spread: f64) -> Duration {
+    let doubled = 1_u32.checked_shl(failures.saturating_sub(1).min(31)).unwrap_or(u32::MAX);
+    first.saturating_mul(doubled).min(longest).mul_f64(spread.clamp(0.5, 2.0))
+}
+
+#[cfg(test)]
+#[path = "vm_tests.rs"]
+mod tests;

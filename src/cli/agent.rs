@@ -1,0 +1,207 @@
+//! `migvisor agent`: answers the `MigrationForecasts` of one node, for as long as it runs.
+//!
+//! In: the node's name, where its VMs are, a way to the API server. Out: answers, metrics, health.
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use crate::{
+    agent::{self, Options, locate::SocketDirectory},
+    api::scalar::Duration,
+    collector::{LookOptions, SourceKind},
+    model::forecast::HostConstants,
+    runtime::{
+        client,
+        health::{self, Readiness},
+        metrics::Metrics,
+        shutdown::Shutdown,
+        telemetry::{self, LogArgs},
+    },
+};
+
+/// The flags of `migvisor agent`.
+#[derive(Debug, Clone, clap::Args)]
+pub struct AgentArgs {
+    /// Name of this node, as in the spec.nodeName of its pods
+    #[arg(long, env = "NODE_NAME", value_name = "NAME", value_parser = node_name)]
+    pub node: String,
+    /// Directory of QMP sockets, one `<pod UID>.sock` for each VM
+    #[arg(long, value_name = "DIR")]
+    pub qmp_dir: PathBuf,
+    /// How to reach the API server; else $KUBECONFIG, ~/.kube/config or the pod's service account
+    #[arg(long, value_name = "FILE")]
+    pub kubeconfig: Option<PathBuf>,
+    /// Where to serve /metrics, /healthz and /readyz over HTTP
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:9443")]
+    pub listen: SocketAddr,
+    /// How long one look at a VM takes, 1s to 60s
+    #[arg(long, value_name = "DURATION", default_value = "12s", value_parser = between::<1, 60>)]
+    pub look: Duration,
+    /// How VMs are looked at
+    #[arg(long, value_enum, default_value_t = SourceKind::Auto)]
+    pub source: SourceKind,
+    /// How old a pattern gets before the VM is looked at again, 5s to 13m
+    #[arg(long, value_name = "DURATION", default_value = "10m", value_parser = between::<5, 780>)]
+    pub refresh: Duration,
+    /// Constants of this host (YAML or JSON: lineRate, zeroPagesPerMs, setupMs, syncMs, completionMs), where a question names none
+    #[arg(long, value_name = "FILE")]
+    pub host: Option<PathBuf>,
+    /// How long metrics and health still answer after SIGTERM
+    #[arg(long, value_name = "DURATION", default_value = "1s", value_parser = between::<0, 300>)]
+    pub drain: Duration,
+    /// What is logged, and how
+    #[command(flatten)]
+    pub log: LogArgs,
+}
+
+/// Why the agent cannot run.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentCommandError {
+    /// The directory of sockets is none.
+    #[error("--qmp-dir {}: {why}; name the directory that holds one <pod UID>.sock for each VM", path.display())]
+    QmpDir {
+        /// What was given.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// The constants of the host cannot be used.
+    #[error("--host {}: {why}", path.display())]
+    Host {
+        /// What was given.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// No log.
+    #[error(transparent)]
+    Telemetry(#[from] telemetry::TelemetryError),
+    /// No handler for signals.
+    #[error("the kernel refused a signal handler: {0}")]
+    Signals(#[source] std::io::Error),
+    /// No client for the API server.
+    #[error(transparent)]
+    Client(#[from] client::ClientError),
+    /// No metrics.
+    #[error(transparent)]
+    Metrics(#[from] crate::runtime::metrics::MetricsError),
+    /// No metrics and health server.
+    #[error(transparent)]
+    Health(#[from] health::HealthError),
+    /// The agent ended by itself.
+    #[error(transparent)]
+    Agent(#[from] agent::AgentError),
+}
+
+fn between<const LEAST: u64, const MOST: u64>(text: &str) -> Result<Duration, String> {
+    let duration: Duration = text.parse().map_err(|error: crate::api::scalar::ParseDurationError| error.to_string())?;
+    let range = std::time::Duration::from_secs(LEAST)..=std::time::Duration::from_secs(MOST);
+    if range.contains(&duration.0) { Ok(duration) } else { Err(format!("it has to be between {LEAST}s and {MOST}s")) }
+}
+
+/// A node's name becomes a label value in the watch: at most 63 letters, digits, dashes and dots.
+fn node_name(text: &str) -> Result<String, String> {
+    let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-' || byte == b'.';
+    let ends = |byte: Option<&u8>| byte.is_some_and(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit());
+    let bytes = text.as_bytes();
+    if bytes.len() <= 63 && bytes.iter().copied().all(plain) && ends(bytes.first()) && ends(bytes.last()) {
+        Ok(text.to_owned())
+    } else {
+        Err("a node's name has up to 63 lower-case letters, digits, dashes and dots".to_owned())
+    }
+}
+
+/// Reads the host's constants; absent ones are assumed.
+fn host_constants(path: Option<&PathBuf>) -> Result<HostConstants, AgentCommandError> {
+    let Some(path) = path else { return Ok(HostConstants::default()) };
+    let wrong = |why: String| AgentCommandError::Host { path: path.clone(), why };
+    let text = std::fs::read_to_string(path).map_err(|error| wrong(format!("{error}; it has to be a readable file")))?;
+    let host: HostConstants =
+        serde_yaml::from_str(&text).map_err(|error| wrong(format!("{error}; write YAML or JSON such as `setupMs: 3.0`")))?;
+    host.check().map_err(|error| wrong(error.to_string()))?;
+    Ok(host)
+}
+
+/// Runs until SIGTERM or SIGINT.
+pub async fn run(args: AgentArgs) -> Result<(), AgentCommandError> {
+    let host = host_constants(args.host.as_ref())?;
+    match std::fs::metadata(&args.qmp_dir) {
+        Ok(found) if found.is_dir() => {}
+        Ok(_) => return Err(AgentCommandError::QmpDir { path: args.qmp_dir, why: "it is no directory".to_owned() }),
+        Err(error) => return Err(AgentCommandError::QmpDir { path: args.qmp_dir, why: error.to_string() }),
+    }
+    telemetry::init(&args.log)?;
+    let client = client::connect(args.kubeconfig.as_deref()).await?;
+    let (trigger, shutdown) = Shutdown::on_signals(args.drain.0).map_err(AgentCommandError::Signals)?;
+    let metrics = Metrics::new()?;
+    let readiness = Readiness::new(shutdown.clone());
+    let server = health::Server::bind(args.listen)?;
+    tracing::info!(address = %server.local_addr(), "serving metrics and health");
+    let look = LookOptions { duration: args.look.0, source: args.source, ..LookOptions::default() };
+    let options = Options { node: args.node, look, refresh: args.refresh.0, host };
+    let serving = server.run(metrics.clone(), readiness.clone(), shutdown.clone());
+    let answers = async {
+        let ended = agent::run(client, options, SocketDirectory::new(&args.qmp_dir), &metrics, &readiness, shutdown).await;
+        if ended.is_err() {
+            // Nothing left to drain for.
+            trigger.stop();
+        }
+        ended
+    };
+    let (health, agent) = tokio::join!(serving, answers);
+    agent?;
+    Ok(health?)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Debug, Parser)]
+    struct Command {
+        #[command(flatten)]
+        args: AgentArgs,
+    }
+
+    fn parse(more: &[&str]) -> Result<AgentArgs, String> {
+        let all = ["agent", "--node", "n1", "--qmp-dir", "/run"].iter().chain(more);
+        Command::try_parse_from(all).map(|command| command.args).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn flags_are_judged() {
+        let args = parse(&["--look", "500ms"]).unwrap_err();
+        assert!(args.contains("between 1s and 60s"), "{args}");
+        assert!(parse(&["--refresh", "1h"]).is_err() && parse(&["--node", "n 2"]).is_err() && parse(&["--node", "-"]).is_err());
+        let args = parse(&["--look", "3s", "--refresh", "45s"]).unwrap();
+        assert_eq!((args.look.0.as_secs(), args.refresh.0.as_secs()), (3, 45));
+    }
+
+    #[test]
+    fn constants_of_the_host_are_read_leniently_and_judged_strictly() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("host.yaml");
+        let read = |text: &str| {
+            std::fs::write(&path, text).unwrap();
+            host_constants(Some(&path)).map_err(|error| error.to_string())
+        };
+        assert_eq!(read("setupMs: 9").unwrap(), HostConstants { setup_ms: 9.0, ..HostConstants::default() });
+        assert_eq!(read(r#"{"syncMs": 1.5}"#).unwrap(), HostConstants { sync_ms: 1.5, ..HostConstants::default() });
+        for (text, says) in
+            [("setup: 9", "unknown field"), ("setupMs: .nan", "between"), ("lineRate: 0", "above zero"), ("[", "YAML")]
+        {
+            let error = read(text).unwrap_err();
+            assert!(error.contains(says) && error.contains("host.yaml"), "{text}: {error}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_missing_directory_is_named_before_anything_starts() {
+        let mut args = parse(&[]).unwrap();
+        args.qmp_dir = PathBuf::from("no/such/directory");
+        let error = run(args).await.unwrap_err().to_string();
+        assert!(error.contains("no/such/directory") && error.contains("<pod UID>.sock"), "{error}");
+    }
+}
