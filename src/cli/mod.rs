@@ -9,6 +9,7 @@ use clap::{Parser, Subcommand};
 
 pub mod agent;
 pub mod collect;
+pub mod controller;
 pub mod crd;
 mod output;
 pub mod predict;
@@ -43,8 +44,10 @@ enum Command {
     Collect(collect::CollectArgs),
     /// Forecast from a recording.
     Replay(replay::ReplayArgs),
-    /// Answer the forecasts of one node: the daemon that runs beside its VMs.
+    /// Answer the MigrationForecasts of one node: the DaemonSet's part.
     Agent(agent::AgentArgs),
+    /// Keep the questions, learn from outcomes, serve admission: the Deployment's part.
+    Controller(controller::ControllerArgs),
     /// Print the custom resources, for `kubectl apply -f -`.
     Crd,
 }
@@ -57,6 +60,7 @@ impl Cli {
             Command::Collect(args) => collect::run(args).await,
             Command::Replay(args) => replay::run(&args),
             Command::Agent(args) => agent::run(args).await.map(|()| ExitCode::SUCCESS).map_err(Into::into),
+            Command::Controller(args) => controller::run(args).await.map(|()| ExitCode::SUCCESS).map_err(Into::into),
             Command::Crd => crd::run().map(|()| ExitCode::SUCCESS).map_err(Into::into),
         };
         result.unwrap_or_else(|error| {
