@@ -14,34 +14,41 @@ use migvisor::model::units::BytesPerSecond;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     net::{UnixListener, UnixStream},
-    task::JoinHandle,
+    sync::oneshot,
     time::{Instant, sleep_until},
 };
 
 const PIECE: usize = 64 << 10;
 /// A timer that wakes late is made up for, by this much; a pause of the sender is not.
-const SLACK: Duration = Duration::from_millis(5);
+const SLACK: Duration = Duration::from_millis(10);
 
 /// The line. It goes down when dropped.
 #[derive(Debug)]
 pub struct Link {
-    task: JoinHandle<()>,
     socket: PathBuf,
+    #[expect(dead_code, reason = "dropping it ends the thread")]
+    down: oneshot::Sender<()>,
 }
 
 impl Link {
-    /// Listens at `socket` and carries everything to `target` at `rate`.
+    /// Listens at `socket` and carries everything to `target` at `rate`, in a thread of its own: a busy test cannot slow it.
     pub fn start(socket: &Path, target: &Path, rate: BytesPerSecond) -> Result<Self> {
         ensure!(rate.0 > 0, "a link needs a rate");
-        let listener = UnixListener::bind(socket).with_context(|| format!("listening at {}", socket.display()))?;
+        let (down, dropped) = oneshot::channel::<()>();
+        let listener =
+            std::os::unix::net::UnixListener::bind(socket).with_context(|| format!("listening at {}", socket.display()))?;
+        listener.set_nonblocking(true)?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let target = target.to_owned();
-        let task = tokio::spawn(async move {
-            while let Ok((source, _)) = listener.accept().await {
-                let Ok(target) = UnixStream::connect(&target).await else { continue };
-                tokio::spawn(carry(source, target, rate));
-            }
+        std::thread::spawn(move || {
+            runtime.block_on(async {
+                tokio::select! {
+                    () = serve(listener, &target, rate) => {}
+                    _ = dropped => {}
+                }
+            });
         });
-        Ok(Self { task, socket: socket.to_owned() })
+        Ok(Self { socket: socket.to_owned(), down })
     }
 
     /// Where the source connects.
@@ -50,9 +57,11 @@ impl Link {
     }
 }
 
-impl Drop for Link {
-    fn drop(&mut self) {
-        self.task.abort();
+async fn serve(listener: std::os::unix::net::UnixListener, target: &Path, rate: BytesPerSecond) {
+    let Ok(listener) = UnixListener::from_std(listener) else { return };
+    while let Ok((source, _)) = listener.accept().await {
+        let Ok(target) = UnixStream::connect(target).await else { continue };
+        tokio::spawn(carry(source, target, rate));
     }
 }
 

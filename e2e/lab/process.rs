@@ -8,6 +8,8 @@ use std::{
 
 use anyhow::{Context, Result, anyhow};
 
+const NICE: &str = "-15";
+
 /// Killed, and waited for, on drop.
 #[derive(Debug)]
 pub(super) struct Process {
@@ -34,8 +36,9 @@ fn spawner() -> &'static mpsc::Sender<Request> {
 impl Process {
     /// Starts `program`; `prepare` sets its arguments, streams and directory.
     pub(super) fn start(program: &str, prepare: impl FnOnce(&mut Command)) -> Result<Self> {
-        let mut command = Command::new("setpriv");
-        command.args(["--pdeathsig", "KILL", program]);
+        // `nice` goes on without the right to it. A session of its own: see `favour`.
+        let mut command = Command::new("nice");
+        command.args(["-n", NICE, "setsid", "setpriv", "--pdeathsig", "KILL", program]);
         prepare(&mut command);
         let (answer, spawned) = mpsc::sync_channel(1);
         spawner().send((command, answer)).map_err(|_| anyhow!("the spawning thread has ended"))?;
@@ -43,7 +46,13 @@ impl Process {
         Ok(Self { child })
     }
 
-    /// setpriv replaces itself, so this is the program's own.
+    /// What else runs on the machine shall not show in the figures. The kernel shares CPUs among sessions first, so the
+    /// priority of the process alone does little; to be called once the program itself runs. Does nothing without the right.
+    pub(super) fn favour(&self) {
+        let _ = std::fs::write(format!("/proc/{}/autogroup", self.pid()), NICE);
+    }
+
+    /// `nice`, `setsid` and `setpriv` replace themselves, so this is the program's own.
     pub(super) fn pid(&self) -> u32 {
         self.child.id()
     }

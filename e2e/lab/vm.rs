@@ -128,6 +128,7 @@ impl Vm {
                 .stderr(stderr);
         })?;
         let lab = connect(&lab, &mut process).await.with_context(|| complaint(dir.path()))?;
+        process.favour();
         Ok(Self { process, lab, qmp, spec, dir })
     }
 

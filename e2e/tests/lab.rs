@@ -34,8 +34,8 @@ async fn a_uniform_guest_meets_the_closed_form() {
     if !vm::kvm() {
         return;
     }
-    for ms in [100, 400, 1600] {
-        let (pages, window) = dirtied(&mut vm, ms, 5).await;
+    for (ms, repeats) in [(100, 9), (400, 5), (1600, 5)] {
+        let (pages, window) = dirtied(&mut vm, ms, repeats).await;
         assert_near(&format!("uniform, {ms} ms"), pages, guest.uniform_curve(window), 0.03);
     }
 }
@@ -65,7 +65,7 @@ async fn every_other_pattern_writes_what_it_says() {
     // 300 ms of writes, 300 ms of calm: a window of two phases holds one of each, whenever it begins.
     let mut phased = Vm::start(VmSpec::new(GuestSpec::phased(400_000, 20, 300)).memory_mib(2048)).await.unwrap();
     let (pages, window) = dirtied(&mut phased, 600, 5).await;
-    assert_near("phased, 600 ms", pages, GuestSpec::uniform(400_000, 20).uniform_curve(window / 2.0), 0.04);
+    assert_near("phased, 600 ms", pages, GuestSpec::uniform(400_000, 20).uniform_curve(window / 2.0), 0.1);
     let mut calm = Vec::new();
     for _ in 0..12 {
         calm.push(dirtied(&mut phased, 100, 1).await.0);
@@ -125,7 +125,8 @@ async fn a_link_paces_an_uncapped_migration() {
     println!("{truth:?}");
     assert_eq!(truth.status, Outcome::Completed);
     let rate = truth.transferred.0 as f64 / truth.total_ms as f64 * 1000.0 / f64::from(1 << 20);
-    assert!((90.0..=105.0).contains(&rate), "the link carried {rate:.1} MiB/s");
+    // Never more than the link; less where the machine is busy.
+    assert!((80.0..=101.0).contains(&rate), "the link carried {rate:.1} MiB/s");
 }
 
 #[tokio::test]
