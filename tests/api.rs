@@ -121,7 +121,7 @@ fn forecast() -> Forecast {
             dirtied_pages: (88_000, 93_000),
             iterations: (4, 6),
         },
-        pattern: Some((1..=400).map(|i| PatternPoint { ms: f64::from(i) * 10.0, pages: 10 * i as u64 }).collect()),
+        pattern: Some((1..=400_u32).map(|i| PatternPoint { ms: f64::from(i) * 10.0, pages: 10 * u64::from(i) }).collect()),
         profile: (1..=20)
             .map(|i| ProfilePoint {
                 bandwidth: i << 20,

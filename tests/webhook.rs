@@ -80,12 +80,12 @@ fn cluster(mode: Option<&str>, forecast_status: Option<Value>) -> (Router, Admis
     (router(Admission::new(knowledge, metrics.clone()).with_clock(clock)), metrics)
 }
 
-fn failing() -> Option<Value> {
-    Some(json!({
+fn failing() -> Value {
+    json!({
         "observedGeneration": 3, "measuredAt": "2026-11-22T11:55:00Z", "verdict": "Fails", "reason": "BudgetExceeded", "probability": 0.0,
         "method": "PC", "iterations": 40, "convergenceTime": "40s", "totalTime": "40s", "dirtiedPages": 1_000_000, "transferredBytes": 4_194_304_000_u64,
         "leastConvergentBandwidth": "180Mi"
-    }))
+    })
 }
 
 fn vmim() -> Value {
@@ -172,7 +172,7 @@ fn counted(metrics: &AdmissionMetrics) -> Vec<(String, f64)> {
 
 #[tokio::test]
 async fn a_doomed_migration_is_refused_with_the_ways_out() {
-    let (app, metrics) = cluster(Some("Enforce"), failing());
+    let (app, metrics) = cluster(Some("Enforce"), Some(failing()));
     let response = validate(&app, &review(&vmim())).await;
     assert_eq!(
         (&response["allowed"], &response["status"]["code"], &response["status"]["reason"]),
@@ -197,11 +197,11 @@ async fn a_doomed_migration_is_refused_with_the_ways_out() {
 #[tokio::test]
 async fn modes_and_origins_soften_it() {
     for (mode, warned) in [(None, false), (Some("Audit"), false), (Some("Warn"), true)] {
-        let (app, _) = cluster(mode, failing());
+        let (app, _) = cluster(mode, Some(failing()));
         let response = validate(&app, &review(&vmim())).await;
         assert_eq!((&response["allowed"], response.get("warnings").is_some()), (&json!(true), warned), "{mode:?}");
     }
-    let (app, _) = cluster(Some("Enforce"), failing());
+    let (app, _) = cluster(Some("Enforce"), Some(failing()));
     for key in [kubevirt::EVACUATION, kubevirt::WORKLOAD_UPDATE] {
         let mut drained = vmim();
         drained["metadata"]["annotations"][key] = json!("node-1");
@@ -212,14 +212,16 @@ async fn modes_and_origins_soften_it() {
 
 #[tokio::test]
 async fn the_unknown_passes_in_silence() {
-    let stale = failing().map(|mut status| {
+    let stale = {
+        let mut status = failing();
         status["measuredAt"] = json!("2026-11-22T11:30:00Z");
-        status
-    });
-    let older = failing().map(|mut status| {
+        Some(status)
+    };
+    let older = {
+        let mut status = failing();
         status["observedGeneration"] = json!(2);
-        status
-    });
+        Some(status)
+    };
     for status in [None, Some(Value::Null), stale, older] {
         let (app, _) = cluster(Some("Enforce"), status.clone());
         let response = validate(&app, &review(&vmim())).await;
@@ -228,7 +230,7 @@ async fn the_unknown_passes_in_silence() {
         assert_eq!(object["metadata"]["annotations"][annotation::VERDICT], "Unknown");
     }
     // Another VM, of which nothing is known.
-    let (app, _) = cluster(Some("Enforce"), failing());
+    let (app, _) = cluster(Some("Enforce"), Some(failing()));
     let mut other = vmim();
     other["spec"]["vmiName"] = json!("stranger");
     assert_eq!(validate(&app, &review(&other)).await["allowed"], true);
@@ -246,7 +248,7 @@ async fn the_unknown_passes_in_silence() {
 
 #[tokio::test]
 async fn the_forecast_is_written_and_foreign_claims_are_not() {
-    let (app, _) = cluster(Some("Enforce"), failing());
+    let (app, _) = cluster(Some("Enforce"), Some(failing()));
     let mut claimed = vmim();
     claimed["metadata"]["annotations"] = json!({
         "migvisor.io/verdict": "Converges", "migvisor.io/predicted-downtime": "1", "migvisor.io/anything": "x", "team/own": "stays",
@@ -282,7 +284,7 @@ async fn the_forecast_is_written_and_foreign_claims_are_not() {
 
 #[tokio::test]
 async fn a_dry_run_leaves_no_trace() {
-    let (app, metrics) = cluster(Some("Enforce"), failing());
+    let (app, metrics) = cluster(Some("Enforce"), Some(failing()));
     let mut dry = review(&vmim());
     dry["request"]["dryRun"] = json!(true);
     assert_eq!(validate(&app, &dry).await["allowed"], false, "the answer is the same");
@@ -291,7 +293,7 @@ async fn a_dry_run_leaves_no_trace() {
 
 #[tokio::test]
 async fn an_object_that_cannot_be_read_passes_with_a_warning() {
-    let (app, _) = cluster(Some("Enforce"), failing());
+    let (app, _) = cluster(Some("Enforce"), Some(failing()));
     for object in [
         json!({}),
         json!(5),
@@ -310,7 +312,7 @@ async fn an_object_that_cannot_be_read_passes_with_a_warning() {
 
 #[tokio::test]
 async fn what_is_no_review_is_an_error_that_says_so() {
-    let (app, _) = cluster(Some("Enforce"), failing());
+    let (app, _) = cluster(Some("Enforce"), Some(failing()));
     let mut old = review(&vmim());
     old["apiVersion"] = json!("admission.k8s.io/v1beta1");
     let mut empty = review(&vmim());
@@ -340,7 +342,7 @@ async fn what_is_no_review_is_an_error_that_says_so() {
 /// The bar is 10 ms at the 99th percentile, over the wire; in process it takes a fraction of that even in a debug build.
 #[tokio::test]
 async fn it_answers_from_memory_at_once() {
-    let (app, _) = cluster(Some("Enforce"), failing());
+    let (app, _) = cluster(Some("Enforce"), Some(failing()));
     let body = serde_json::to_vec(&review(&vmim())).unwrap();
     let start = std::time::Instant::now();
     for _ in 0..200 {

@@ -144,7 +144,7 @@ pub fn assess(input: &Input<'_>) -> Assessment {
     let Some(status) = forecast.answer() else {
         return match forecast.status.as_ref().and_then(|status| status.verdict) {
             Some(_) => unknown(reason::OUTDATED, "the agent has not answered the present question yet"),
-            None => unknown(reason::NO_ANSWER, "no agent has answered yet; is migvisor's agent running on the VM's node?"),
+            None => unknown(reason::NO_ANSWER, "no agent has answered yet (is one running on the VM's node, and well?)"),
         };
     };
     if status.verdict == Some(Verdict::Unknown) {
@@ -153,7 +153,7 @@ pub fn assess(input: &Input<'_>) -> Assessment {
     if !is_fresh(status, input.now) {
         return unknown(
             reason::STALE,
-            "the VM has not been looked at for more than 20 minutes; is migvisor's agent running on its node?",
+            "the VM has not been looked at for more than 20 minutes (is the agent on its node running, and well?)",
         );
     }
     match status.forecast() {
@@ -186,7 +186,7 @@ pub fn decide(input: &Input<'_>) -> Decision {
 }
 
 fn unknown(input: &Input<'_>, reason: &'static str, message: &str) -> Decision {
-    let message = format!("migvisor has no forecast for the live migration of {}: {message}.", input.vm);
+    let message = format!("migvisor has no forecast for the live migration of {}: {}.", input.vm, message.trim_end_matches('.'));
     Decision { action: Action::Allow, verdict: Verdict::Unknown, reason, message }
 }
 
