@@ -1,7 +1,7 @@
 //! From observations to a pattern: what writes here?
 //!
 //! Samples are taken in groups of neighbours. A group whose pages come back at even intervals is a sweep and becomes
-//! [`Writer::Periodic`]; one whose counts per slot vary as those of independent writes do gets a rate, pooled over like
+//! [`Writer::Periodic`], as does a [`Sweep`] that the look saw only a part of; one whose counts per slot vary as those of independent writes do gets a rate, pooled over like
 //! groups; one whose pages differ too much for a single rate gets a mixture of rates; anything else (phases, bursts)
 //! keeps its trace. Single samples are too noisy to be believed on their own, and noise ends a migration too early.
 
@@ -10,6 +10,7 @@ use rand_pcg::Pcg64Mcg;
 
 use super::{
     mixture::{Exposure, Mixture, writer},
+    sweep::Sweep,
     trace::Trace,
 };
 use crate::model::pattern::{Pattern, PatternError, Sample, Traces, Writer};
@@ -71,6 +72,15 @@ pub fn describe(trace: &Trace) -> Result<Pattern, PatternError> {
         let Some(own) = hits.get(index).filter(|own| !own.is_empty()) else { continue };
         set(index, Writer::Traced { row: traces.rows.len() });
         traces.rows.push(own.iter().map(|&slot| slots.within(slot, rng.random())).collect());
+    }
+
+    // Last, since it explains what looked like single writes here and nothing there.
+    if let Some(sweep) = Sweep::find(trace, &slots.single_hits(&hits)) {
+        for ((sample, own), writer) in trace.samples.iter().zip(&hits).zip(&mut writers) {
+            if let Some(at) = sweep.at(sample.page).filter(|_| own.len() <= 1) {
+                *writer = Writer::Periodic { period: sweep.period(), at };
+            }
+        }
     }
 
     let mut samples: Vec<Sample> = trace
@@ -244,6 +254,11 @@ impl<'a> Slots<'a> {
             time - ((time - first) / period).round() * period
         }));
         Some(at)
+    }
+
+    /// For each sample the time of its hit where it has but one, ms.
+    fn single_hits(&self, hits: &[Vec<u32>]) -> Vec<Option<f64>> {
+        hits.iter().map(|own| if let [slot] = own.as_slice() { Some(self.within(*slot, 0.5)) } else { None }).collect()
     }
 
     /// A moment in a slot, by the share of it that has passed, ms.

@@ -91,6 +91,27 @@ fn a_sweep_is_recognised_with_its_order() {
 }
 
 #[test]
+fn a_sweep_that_outlasts_the_look_is_followed() {
+    // 40 s for a round, of which the look sees 12: with and without the end of a round among them.
+    for start in [0.0, 0.3, 0.9] {
+        let (pages, period) = (100_000.0, 40_000.0);
+        let trace = look(100_000, 3000, |page, a, b, _| {
+            let at = ((page as f64 / pages - start).rem_euclid(1.0)) * period;
+            a < at && at <= b
+        });
+        let pattern = describe(&trace).unwrap();
+        assert!(kinds(&pattern)[2] > 2900, "{start}: {:?}", kinds(&pattern));
+        meets(&pattern, |ms| pages * ms / period, 0.05);
+    }
+}
+
+#[test]
+fn rare_random_writes_are_no_sweep() {
+    let pattern = describe(&look(100_000, 3000, |_, a, b, rng| random(2e-5, a, b, rng))).unwrap();
+    assert_eq!(kinds(&pattern)[2], 0, "{:?}", kinds(&pattern));
+}
+
+#[test]
 fn phases_keep_their_trace() {
     let rate = 40.0 / 16_384.0;
     let pattern = describe(&look(16_384, 2560, |_, a, b, rng| (a / 1000.0) as u64 % 2 == 0 && random(rate, a, b, rng))).unwrap();

@@ -23,6 +23,7 @@ pub mod memory;
 pub mod mixture;
 pub mod sampler;
 pub mod source;
+mod sweep;
 pub mod trace;
 pub mod windows;
 
