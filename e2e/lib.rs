@@ -3,3 +3,4 @@
 pub mod cluster;
 pub mod kubevirt;
 pub mod lab;
+pub mod world;

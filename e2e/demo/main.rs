@@ -1,1 +1,146 @@
-fn main() {}
+//! `make demo`: the main job, on a real API server and real guests, told for somebody who has never seen it.
+
+mod compare;
+mod tell;
+
+use std::{process::ExitCode, time::Duration};
+
+use anyhow::{Context, Result, bail, ensure};
+use migvisor::model::{
+    forecast::Forecast,
+    units::{Bandwidth, BytesPerSecond},
+};
+use migvisor_e2e::{
+    cluster::product,
+    kubevirt::vmim_manifest,
+    lab::{self, GuestSpec, Settings, Vm, VmSpec, host},
+    world::World,
+};
+use serde_json::json;
+use tell::{chapter, command, say};
+
+const NAMESPACE: &str = "default";
+/// What KubeVirt is configured to give a migration, MiB/s.
+const BANDWIDTH_MIB: u64 = 64;
+/// `completionTimeoutPerGiB`, as some distributions ship it: 20 s for a guest of up to 10⁹ bytes.
+const SECONDS_PER_GB: u64 = 20;
+/// Writes 4 of its 16 384 pages (64 MiB) per ms.
+const CALM: GuestSpec = GuestSpec::uniform(16_384, 4);
+/// Writes 60 of its 65 536 pages (256 MiB) per ms: up to 234 MiB/s.
+const WILD: GuestSpec = GuestSpec::uniform(65_536, 60);
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let ended = tokio::select! {
+        ended = demo() => ended,
+        _ = tokio::signal::ctrl_c() => Err(anyhow::anyhow!("interrupted; everything that was started has been ended")),
+    };
+    match ended {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("\ndemo: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn demo() -> Result<()> {
+    chapter("A cluster");
+    say(
+        "etcd and kube-apiserver on loopback, KubeVirt's kinds and ours. KubeVirt is played by a stand-in that moves guests for real.",
+    );
+    let host = host::calibrate().await.context("cannot measure this host")?;
+    let migrations = json!({ "bandwidthPerMigration": format!("{BANDWIDTH_MIB}Mi"), "completionTimeoutPerGiB": SECONDS_PER_GB });
+    let mut world = World::start(migrations).await?;
+    say(&format!(
+        "Migrations get {BANDWIDTH_MIB} MiB/s, may stop the guest for 300 ms, and are given up after {SECONDS_PER_GB} s per GB."
+    ));
+    let policy = json!({
+        "apiVersion": "migvisor.io/v1alpha1",
+        "kind": "PredictionPolicy",
+        "metadata": { "name": "demo" },
+        "spec": { "selectors": {}, "mode": "Enforce" },
+    });
+    world.plane().accepts(&policy.to_string()).await?;
+    say("A PredictionPolicy says: Enforce. Migrations that are forecast to fail are refused.");
+
+    chapter("Two virtual machines");
+    let calm_qmp = world.boot(NAMESPACE, "calm", VmSpec::new(CALM)).await?;
+    let wild_qmp = world.boot(NAMESPACE, "wild", VmSpec::new(WILD)).await?;
+    say(
+        "Two real QEMU guests of 512 MiB run now. `calm` writes 16 MiB/s into 64 MiB; `wild` writes up to 234 MiB/s into 256 MiB.",
+    );
+
+    chapter("MigVisor watches them");
+    world.start_controller(&[]).await?;
+    world.start_agent(&host, &[]).await?;
+    say(
+        "`migvisor controller` asks one question per VM, `migvisor agent` looks at the guest's memory from outside for 13 s each.",
+    );
+    for name in ["calm", "wild"] {
+        world.forecast(NAMESPACE, name, Duration::from_secs(60)).await?;
+    }
+    kubectl(&world, &["get", "migrationforecasts", "-o", "wide"]).await?;
+    let (calm, wild) = tokio::try_join!(predict(&calm_qmp, &host), predict(&wild_qmp, &host))?;
+
+    chapter("Migrating the calm one: admitted");
+    apply(&world, "calm").await?;
+    let phase = world.migrated(NAMESPACE, "calm-migration", Duration::from_secs(60)).await?;
+    ensure!(phase == "Succeeded", "the calm guest's migration ended as {phase}");
+    kubectl(&world, &["get", "vmim"]).await?;
+    say("What the admission webhook wrote on it, before it began:");
+    let annotations = r"go-template={{range $k, $v := .metadata.annotations}}{{if and (ne $k `migvisor.io/forecast`) (ne $k `kubectl.kubernetes.io/last-applied-configuration`)}}{{printf `%-45s %s` $k $v}}
+{{end}}{{end}}";
+    kubectl(&world, &["get", "vmim", "calm-migration", "-o", annotations]).await?;
+
+    chapter("Migrating the wild one: refused");
+    let refusal = command(&world, &["apply", "-f", "-"], &vmim_manifest(NAMESPACE, "wild-migration", "wild").to_string()).await?;
+    ensure!(!refusal.success, "the wild guest's migration was admitted: {}", refusal.stdout);
+    ensure!(refusal.stderr.contains("denied the request"), "it was refused by somebody else: {}", refusal.stderr);
+
+    chapter("Was MigVisor right?");
+    say(&format!(
+        "The refused migration is done now all the same, without Kubernetes, for the {SECONDS_PER_GB} s that KubeVirt would have given it."
+    ));
+    let calm_truth = world.truth(NAMESPACE, "calm").context("the calm guest's migration left no figures")?;
+    let mut source = world.take(NAMESPACE, "wild")?;
+    let mut target = Vm::incoming(VmSpec::new(WILD)).await?;
+    let settings = Settings {
+        bandwidth: Bandwidth::Capped(BytesPerSecond(BANDWIDTH_MIB << 20)),
+        time_budget: Duration::from_secs(SECONDS_PER_GB),
+        ..Settings::uncapped()
+    };
+    let wild_truth = lab::migrate(&mut source, &mut target, settings).await?;
+    compare::print("calm", &calm, &calm_truth);
+    compare::print("wild", &wild, &wild_truth);
+    Ok(())
+}
+
+/// What `migvisor predict` says of a guest; the baselines come from here.
+async fn predict(qmp: &std::path::Path, host: &migvisor::model::forecast::HostConstants) -> Result<Forecast> {
+    let directory = tempfile::tempdir()?;
+    let constants = directory.path().join("host.json");
+    std::fs::write(&constants, serde_json::to_vec(host)?)?;
+    let output = tokio::process::Command::new(product::binary()?)
+        .args(["predict", "--bandwidth", &format!("{BANDWIDTH_MIB}Mi"), "--time-budget", &format!("{SECONDS_PER_GB}s")])
+        .args(["-o", "json", "--qmp"])
+        .arg(qmp)
+        .arg("--host")
+        .arg(&constants)
+        .kill_on_drop(true)
+        .output()
+        .await?;
+    if !matches!(output.status.code(), Some(0 | 1)) {
+        bail!("migvisor predict: {}", String::from_utf8_lossy(&output.stderr));
+    }
+    Ok(serde_json::from_slice(&output.stdout)?)
+}
+
+async fn apply(world: &World, name: &str) -> Result<()> {
+    let manifest = vmim_manifest(NAMESPACE, &format!("{name}-migration"), name).to_string();
+    command(world, &["apply", "-f", "-"], &manifest).await?.ok().map(drop)
+}
+
+async fn kubectl(world: &World, args: &[&str]) -> Result<()> {
+    command(world, args, "").await?.ok().map(drop)
+}

@@ -1,0 +1,285 @@
+//! A small world: a control plane, KubeVirt's part, guests in real QEMUs, and the product's agent and controller among them.
+//!
+//! In: which guests. Out: a [`World`] in which a VirtualMachineInstanceMigration that is admitted really moves its guest from
+//! one QEMU to another. The demonstration and the product's own tests live in it. It ends with its value.
+
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use anyhow::{Context, Result, anyhow};
+use kube::Api;
+use migvisor::{api::MigrationForecast, model::forecast::HostConstants, qemu::migration};
+use serde_json::json;
+
+use crate::{
+    cluster::{ControlPlane, Process, free_port},
+    kubevirt::{self, Job, KubeVirt, Mover, Order, objects, running_vmi},
+    lab::{self, Settings, Truth, Vm, VmSpec},
+};
+
+/// The node that every guest starts on.
+pub const NODE: &str = "node-a";
+/// The node that they are moved to.
+pub const OTHER_NODE: &str = "node-b";
+/// KubeVirt's part keeps the clock; the laboratory's own budget only has to be longer.
+const SLACK: Duration = Duration::from_secs(60);
+
+/// Our own custom resources, as they are shipped.
+const CRDS: [&str; 2] =
+    [include_str!("../crds/migrationforecasts.migvisor.io.yaml"), include_str!("../crds/predictionpolicies.migvisor.io.yaml")];
+
+/// The guests, by namespace and name, and what became of their migrations.
+#[derive(Debug, Default)]
+struct Guests {
+    vms: Mutex<HashMap<(String, String), Vm>>,
+    truths: Mutex<HashMap<(String, String), Truth>>,
+}
+
+impl Guests {
+    fn take(&self, key: &(String, String)) -> Result<Vm> {
+        let vm = self.vms.lock().unwrap_or_else(PoisonError::into_inner).remove(key);
+        vm.ok_or_else(|| anyhow!("no guest {}/{} runs here, or it is being moved", key.0, key.1))
+    }
+
+    fn put(&self, key: &(String, String), vm: Vm) {
+        self.vms.lock().unwrap_or_else(PoisonError::into_inner).insert(key.clone(), vm);
+    }
+}
+
+/// Moves a guest between two QEMUs, as virt-launcher would.
+struct LabMover {
+    guests: Arc<Guests>,
+    sockets: PathBuf,
+}
+
+impl Mover for LabMover {
+    async fn migrate(&self, job: Job) -> kubevirt::Outcome {
+        match self.try_migrate(job).await {
+            Ok(outcome) => outcome,
+            Err(error) => kubevirt::Outcome::failure(format!("{error:#}")),
+        }
+    }
+}
+
+impl LabMover {
+    async fn try_migrate(&self, mut job: Job) -> Result<kubevirt::Outcome> {
+        let key = (job.namespace.clone(), job.vmi.clone());
+        let mut source = self.guests.take(&key)?;
+        let spec = source.spec().clone().qmp(socket(&self.sockets, &job.target.pod_uid));
+        let mut target = match Vm::incoming(spec).await {
+            Ok(target) => target,
+            Err(error) => {
+                self.guests.put(&key, source);
+                return Err(error);
+            }
+        };
+        let settings = Settings {
+            bandwidth: job.bandwidth,
+            time_budget: job.time_budget.unwrap_or(Duration::from_secs(3600)) + SLACK,
+            ..Settings::uncapped()
+        };
+        let ended = tokio::select! {
+            ended = lab::migrate(&mut source, &mut target, settings) => ended.map(Some),
+            () = aborted(&mut job) => Ok(None),
+        };
+        let outcome = match ended {
+            Ok(Some(truth)) => {
+                let outcome = match truth.status {
+                    lab::Outcome::Completed => kubevirt::Outcome::success(),
+                    lab::Outcome::TimedOut | lab::Outcome::Failed => kubevirt::Outcome::aborted(),
+                };
+                self.guests.truths.lock().unwrap_or_else(PoisonError::into_inner).insert(key.clone(), truth);
+                outcome
+            }
+            Ok(None) => {
+                migration::cancel(source.lab()).await?;
+                kubevirt::Outcome::aborted()
+            }
+            Err(error) => kubevirt::Outcome::failure(format!("{error:#}")),
+        };
+        self.guests.put(&key, if outcome.succeeded { target } else { source });
+        Ok(outcome)
+    }
+}
+
+async fn aborted(job: &mut Job) {
+    let mut order = Order::GoOn;
+    while order != Order::Abort {
+        order = job.next_order(order).await;
+    }
+}
+
+fn socket(directory: &Path, pod_uid: &str) -> PathBuf {
+    directory.join(format!("{pod_uid}.sock"))
+}
+
+/// See the module.
+pub struct World {
+    // In the order in which they have to end.
+    kubevirt: Option<KubeVirt>,
+    processes: HashMap<&'static str, Process>,
+    guests: Arc<Guests>,
+    plane: ControlPlane,
+    /// Where the controller listens for admission.
+    pub webhook_port: u16,
+    /// Where it tells its health and metrics.
+    pub controller_health: String,
+    /// Where the agent does.
+    pub agent_health: String,
+}
+
+impl World {
+    /// A control plane with everybody's kinds, two nodes, and KubeVirt's part with this configuration
+    /// (`spec.configuration.migrations`). Nothing of the product runs yet.
+    pub async fn start(migrations: serde_json::Value) -> Result<Self> {
+        let plane = ControlPlane::start().await?;
+        let client = plane.client()?;
+        kubevirt::install_crds(&client).await?;
+        objects::install(&client, &CRDS).await?;
+        for node in [NODE, OTHER_NODE] {
+            objects::create_node(&client, node).await?;
+        }
+        let namespace = json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": "kubevirt" } });
+        plane.accepts(&namespace.to_string()).await?;
+        let configuration = json!({
+            "apiVersion": "kubevirt.io/v1",
+            "kind": "KubeVirt",
+            "metadata": { "namespace": "kubevirt", "name": "kubevirt" },
+            "spec": { "configuration": { "migrations": migrations } },
+        });
+        plane.accepts(&configuration.to_string()).await?;
+        let guests = Arc::new(Guests::default());
+        let sockets = plane.directory().join("qmp");
+        std::fs::create_dir(&sockets).context("cannot make the directory of QMP sockets")?;
+        let kubevirt = KubeVirt::start(client, LabMover { guests: Arc::clone(&guests), sockets });
+        let local = |port: u16| format!("127.0.0.1:{port}");
+        Ok(Self {
+            kubevirt: Some(kubevirt),
+            processes: HashMap::new(),
+            guests,
+            webhook_port: free_port()?,
+            controller_health: local(free_port()?),
+            agent_health: local(free_port()?),
+            plane,
+        })
+    }
+
+    /// The control plane.
+    pub fn plane(&self) -> &ControlPlane {
+        &self.plane
+    }
+
+    /// The directory with one QMP socket for each VM, named by pod UID.
+    pub fn sockets(&self) -> PathBuf {
+        self.plane.directory().join("qmp")
+    }
+
+    /// Boots a guest and announces it as a running VMI on [`NODE`]. Returns the product's QMP socket.
+    pub async fn boot(&self, namespace: &str, name: &str, spec: VmSpec) -> Result<PathBuf> {
+        let memory = format!("{}Mi", spec.memory_mib);
+        let side = running_vmi(&self.plane.client()?, namespace, name, NODE, &memory).await?;
+        let qmp = socket(&self.sockets(), &side.pod_uid);
+        let vm = Vm::start(spec.qmp(&qmp)).await?;
+        self.guests.put(&(namespace.to_owned(), name.to_owned()), vm);
+        Ok(qmp)
+    }
+
+    /// Takes a guest out of the world, to do with it as one likes.
+    pub fn take(&self, namespace: &str, name: &str) -> Result<Vm> {
+        self.guests.take(&(namespace.to_owned(), name.to_owned()))
+    }
+
+    /// What became of a guest's migration: the truth, as QEMU told it.
+    pub fn truth(&self, namespace: &str, name: &str) -> Option<Truth> {
+        let truths = self.guests.truths.lock().unwrap_or_else(PoisonError::into_inner);
+        truths.get(&(namespace.to_owned(), name.to_owned())).cloned()
+    }
+
+    /// Starts `migvisor agent` for [`NODE`], with this host's constants, and waits until it is ready.
+    pub async fn start_agent(&mut self, host: &HostConstants, more: &[&str]) -> Result<()> {
+        let constants = self.plane.directory().join("host.json");
+        std::fs::write(&constants, serde_json::to_vec(host)?).context("cannot write the host's constants")?;
+        let (sockets, health) = (self.sockets(), self.agent_health.clone());
+        let (sockets, constants) = (sockets.to_string_lossy(), constants.to_string_lossy());
+        let mut args = vec!["agent", "--node", NODE, "--qmp-dir", &sockets, "--listen", &health, "--host", &constants];
+        args.extend(more);
+        let process = self.plane.product("agent", &args, &[])?;
+        self.processes.insert("agent", process);
+        self.ready("agent", &health).await
+    }
+
+    /// Starts `migvisor controller` with its webhooks installed, and waits until it is ready.
+    pub async fn start_controller(&mut self, more: &[&str]) -> Result<()> {
+        let certificate = self.plane.webhook_certificate()?;
+        let (listen, health) = (format!("127.0.0.1:{}", self.webhook_port), self.controller_health.clone());
+        let (cert, key) = (certificate.certificate.to_string_lossy(), certificate.key.to_string_lossy());
+        let mut args =
+            vec!["controller", "--webhook-listen", &listen, "--listen", &health, "--tls-cert", &cert, "--tls-key", &key];
+        args.extend(more);
+        let process = self.plane.product("controller", &args, &[])?;
+        self.processes.insert("controller", process);
+        self.ready("controller", &health).await?;
+        self.plane.install_webhooks(self.webhook_port, &certificate.authority).await
+    }
+
+    /// A part of the product that runs here: `agent` or `controller`.
+    pub fn process(&mut self, name: &'static str) -> Result<&mut Process> {
+        self.processes.get_mut(name).with_context(|| format!("the {name} was not started"))
+    }
+
+    async fn ready(&mut self, name: &'static str, health: &str) -> Result<()> {
+        let url: http::Uri = format!("http://{health}/readyz").parse()?;
+        for _ in 0..600 {
+            self.process(name)?.still_runs()?;
+            if get(&url).await.is_ok_and(|(status, _)| status == 200) {
+                return Ok(());
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        let log = self.process(name)?.log_tail(25);
+        Err(anyhow!("the {name} is not ready after 30 s; its log ends:\n{log}"))
+    }
+
+    /// Waits until the forecast of a VM is answered for its present question.
+    pub async fn forecast(&self, namespace: &str, name: &str, deadline: Duration) -> Result<MigrationForecast> {
+        let api: Api<MigrationForecast> = Api::namespaced(self.plane.client()?, namespace);
+        let what = format!("an answer about {name}");
+        let answered = |forecast: &MigrationForecast| forecast.answer().is_some_and(|answer| answer.verdict.is_some());
+        self.plane.wait(namespace, &what, deadline, || async { Ok(api.get_opt(name).await?.filter(answered)) }).await
+    }
+
+    /// Waits until a VMIM has come to its end; returns its phase.
+    pub async fn migrated(&self, namespace: &str, name: &str, deadline: Duration) -> Result<String> {
+        let api = objects::vmims(&self.plane.client()?, namespace);
+        let phase = |vmim: &kube::api::DynamicObject| vmim.data["status"]["phase"].as_str().map(str::to_owned);
+        let ended = |phase: &String| phase == "Succeeded" || phase == "Failed";
+        let what = format!("the end of {name}");
+        let probe = || async { Ok(api.get_opt(name).await?.and_then(|vmim| phase(&vmim)).filter(ended)) };
+        self.plane.wait(namespace, &what, deadline, probe).await
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        // The stand-in must not see its guests and its API server go.
+        self.kubevirt = None;
+        self.processes.clear();
+    }
+}
+
+/// A plain GET on loopback: status and body.
+pub async fn get(url: &http::Uri) -> Result<(u16, String)> {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let authority = url.authority().context("no address")?.as_str();
+    let mut stream = tokio::net::TcpStream::connect(authority).await?;
+    let request = format!("GET {} HTTP/1.1\r\nHost: {authority}\r\nConnection: close\r\n\r\n", url.path());
+    stream.write_all(request.as_bytes()).await?;
+    let mut text = String::new();
+    stream.read_to_string(&mut text).await?;
+    let status = text.split(' ').nth(1).and_then(|code| code.parse().ok()).context("no HTTP")?;
+    Ok((status, text.split_once("\r\n\r\n").map(|(_, body)| body.to_owned()).unwrap_or_default()))
+}
