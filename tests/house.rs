@@ -274,8 +274,9 @@ fn what_calls_itself_pure_is() {
 fn the_house_is_drawn_as_it_is() {
     let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/architecture.md");
     let (drawn, built) = (drawn(&fs::read_to_string(page).unwrap()), edges(&rooms()));
-    let show =
-        |edges: Vec<&(String, String)>| edges.iter().map(|(from, to)| format!("    {from} --> {to}\n")).collect::<String>();
+    let show = |edges: Vec<&(String, String)>| {
+        edges.iter().map(|(from, to)| format!("    {from} --> {to}\n")).collect::<Vec<_>>().concat()
+    };
     let (absent, stale) = (show(built.difference(&drawn).collect()), show(drawn.difference(&built).collect()));
     assert!(
         absent.is_empty() && stale.is_empty(),
