@@ -37,8 +37,9 @@ bench: ## Measure: replays, the least convergent bandwidth, admission
 	cargo bench --workspace --locked --bench '*'
 
 .PHONY: generate
-generate: ## Write what is generated and checked in anew: crds/
+generate: ## Write what is generated and checked in anew: crds/, docs/cli.md
 	MIGVISOR_GENERATE=1 cargo test --locked --test api crds_are_current
+	MIGVISOR_GENERATE=1 cargo test --locked --test docs the_command_line_is_current
 
 # The tests compare forecasts with real migrations: under emulation they would fail, or prove nothing.
 .PHONY: kvm

@@ -1,5 +1,5 @@
 //! Properties of the pure core that hold for every guest and every setting.
-#![allow(clippy::unwrap_used, missing_docs)]
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation, clippy::cast_sign_loss, missing_docs)]
 
 mod common;
 
@@ -92,7 +92,7 @@ fn sane(outcome: &Outcome, pattern: &Pattern, settings: &Settings) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(300))]
+    #![proptest_config(ProptestConfig::with_cases(500))]
 
     #[test]
     fn a_replay_ends_with_sane_numbers(guest in guest(), mib in 0.1..4000.0_f64, limit in 1.0..5000.0_f64) {
@@ -138,12 +138,12 @@ proptest! {
     #[test]
     fn draws_meet_the_curve(guest in guest(), ms in 20.0..3000.0_f64) {
         let pattern = guest.pattern();
-        let draws = 400;
+        let draws = 400_u32;
         let since = vec![0.0; pattern.samples().len()];
         let mut sum = 0.0;
         for draw in 0..draws {
             let phase = f64::from(draw) / f64::from(draws) * pattern.cycle_ms() * 7.0 * 1.618;
-            pattern.realise(phase, u64::from(draw as u32)).written(&since, ms, |i| sum += pattern.samples()[i].weight);
+            pattern.realise(phase, u64::from(draw)).written(&since, ms, |i| sum += pattern.samples()[i].weight);
         }
         let (mean, expected) = (sum / f64::from(draws), pattern.curve().pages(ms));
         // A draw differs from its mean by at most the weights; 5 standard errors of the worst (independent) case.

@@ -115,7 +115,7 @@ fn the_oracle_agrees_where_nothing_is_random() {
         assert_eq!((ours.converged, ours.syncs), (run.converged, run.syncs), "{label}");
         // A write that falls on the instant of a sync may go to either side of it.
         assert!((ours.pages - run.sent).abs() <= 2.0 * run.syncs as f64, "{label}: the oracle sent {} pages", run.sent);
-        assert_eq!(ours.zero_pages, run.zero, "{label}");
+        assert!((ours.zero_pages - run.zero).abs() < 0.5, "{label}: the oracle sent {} zero pages", run.zero);
         if run.converged {
             assert!((ours.total_ms - run.total_ms).abs() < 1.0, "{label}: the oracle took {} ms", run.total_ms);
             assert!((ours.downtime_ms - run.downtime_ms.unwrap()).abs() < 1.0, "{label}");

@@ -20,7 +20,7 @@ pub async fn calibrate() -> Result<HostConstants> {
     let full = chain(GuestSpec::still(STILL_PAGES)).await?;
     let zero_pages_per_ms = median(empty.iter().map(|truth| truth.zero_pages as f64 / sending_ms(truth)));
     let data_ms = |truth: &Truth| (sending_ms(truth) - truth.zero_pages as f64 / zero_pages_per_ms).max(1.0);
-    let bytes_per_ms = median(full.iter().map(|truth| truth.pages as f64 * WIRE_PAGE / data_ms(truth)));
+    let bytes_per_ms = full.iter().map(|truth| truth.pages as f64 * WIRE_PAGE / data_ms(truth)).fold(0.0, f64::max);
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a positive rate, far below 2^63")]
     let line_rate = migvisor::model::units::BytesPerSecond((bytes_per_ms * 1000.0) as u64);
     Ok(HostConstants {

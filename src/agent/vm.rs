@@ -65,6 +65,7 @@ pub struct Vm {
     pod_uid: String,
     generation: i64,
     asked: Asked,
+    paused: bool,
     wanted_since: Option<Instant>,
     seen: Option<Seen>,
     refresh_due: Instant,
@@ -83,6 +84,7 @@ impl Vm {
             pod_uid: object.spec.pod_uid.clone(),
             generation: object.metadata.generation.unwrap_or_default(),
             asked: answer::read(&object.spec, host),
+            paused: object.spec.paused,
             wanted_since: Some(now),
             seen: None,
             refresh_due: now,
@@ -123,6 +125,12 @@ impl Vm {
             self.asked = answer::read(&object.spec, host);
             self.wanted_since = Some(now);
             self.ready = None;
+            if self.paused != object.spec.paused {
+                // What a paused guest does not write says nothing of what it writes when it runs, and the reverse.
+                self.paused = object.spec.paused;
+                self.seen = None;
+                self.refresh_due = now;
+            }
         }
         false
     }

@@ -15,7 +15,7 @@ pub struct CollectArgs {
     #[command(flatten)]
     look: LookArgs,
     /// Where to write the recording (JSON). It holds page numbers and times, never contents.
-    #[arg(short, long, value_name = "FILE")]
+    #[arg(short, long, value_name = "FILE", help_heading = None)]
     output: PathBuf,
 }
 

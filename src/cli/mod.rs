@@ -44,9 +44,9 @@ enum Command {
     Collect(collect::CollectArgs),
     /// Forecast from a recording.
     Replay(replay::ReplayArgs),
-    /// Answer the MigrationForecasts of one node: the DaemonSet's part.
+    /// Answer the questions about the VMs of one node; runs on each.
     Agent(agent::AgentArgs),
-    /// Keep the questions, learn from outcomes, serve admission: the Deployment's part.
+    /// Keep the questions, learn from outcomes, serve admission; runs in a few replicas.
     Controller(controller::ControllerArgs),
     /// Print the custom resources, for `kubectl apply -f -`.
     Crd,
@@ -59,8 +59,8 @@ impl Cli {
             Command::Predict(args) => predict::run(args).await,
             Command::Collect(args) => collect::run(args).await,
             Command::Replay(args) => replay::run(&args),
-            Command::Agent(args) => agent::run(args).await.map(|()| ExitCode::SUCCESS).map_err(Into::into),
-            Command::Controller(args) => controller::run(args).await.map(|()| ExitCode::SUCCESS).map_err(Into::into),
+            Command::Agent(args) => Box::pin(agent::run(args)).await.map(|()| ExitCode::SUCCESS).map_err(Into::into),
+            Command::Controller(args) => Box::pin(controller::run(args)).await.map(|()| ExitCode::SUCCESS).map_err(Into::into),
             Command::Crd => crd::run().map(|()| ExitCode::SUCCESS).map_err(Into::into),
         };
         result.unwrap_or_else(|error| {

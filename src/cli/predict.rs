@@ -23,7 +23,7 @@ pub struct PredictArgs {
     #[command(flatten)]
     question: QuestionArgs,
     /// How to print the forecast.
-    #[arg(short, long, value_enum, default_value_t)]
+    #[arg(short, long, value_enum, default_value_t, help_heading = None)]
     output: Format,
 }
 

@@ -7,6 +7,7 @@ use anyhow::{Context, bail};
 use clap::Args;
 
 use crate::{
+    api::scalar,
     collector::{LookOptions, SourceKind, Target},
     model::{
         forecast::{CostWeights, HostConstants, Question, Sla},
@@ -118,11 +119,8 @@ fn duration(text: &str) -> Result<Duration, String> {
     if text == "0" {
         return Ok(Duration::ZERO);
     }
-    let parsed: kube::core::Duration = text.parse().map_err(|error| format!("{error}; write 300ms, 20s or 5m"))?;
-    if parsed.is_negative() {
-        return Err("it is negative".into());
-    }
-    Ok(parsed.into())
+    let parsed: scalar::Duration = text.parse().map_err(|error| format!("{error}; write 300ms, 20s or 5m"))?;
+    Ok(parsed.0)
 }
 
 fn downtime(text: &str) -> Result<Duration, String> {

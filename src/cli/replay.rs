@@ -16,7 +16,7 @@ pub struct ReplayArgs {
     #[command(flatten)]
     question: QuestionArgs,
     /// How to print the forecast.
-    #[arg(short, long, value_enum, default_value_t)]
+    #[arg(short, long, value_enum, default_value_t, help_heading = None)]
     output: Format,
 }
 

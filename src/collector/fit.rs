@@ -29,8 +29,8 @@ const ALIKE_BELOW: f64 = 2.2;
 const EVEN_BELOW: f64 = 0.15;
 /// Groups of one rate: nearer than three standard errors, plus what two halves of one memory really differ by.
 const POOL: (f64, f64) = (3.0, 0.05);
-/// Untouched memory is described by at most so many samples.
-const ABSENT_SAMPLES: u64 = 256;
+/// Memory that was not read is described by about so many samples.
+const UNREAD_SAMPLES: u64 = 256;
 
 /// Describes a trace as a pattern.
 pub fn describe(trace: &Trace) -> Result<Pattern, PatternError> {
@@ -89,17 +89,18 @@ pub fn describe(trace: &Trace) -> Result<Pattern, PatternError> {
         .zip(writers)
         .map(|(s, writer)| Sample { page: s.page, weight: s.weight, zero: s.zero, writer })
         .collect();
-    samples.extend(untouched(trace));
+    samples.extend(unread(&trace.absent, true));
+    samples.extend(unread(&trace.swapped, false));
     samples.sort_unstable_by_key(|sample| sample.page);
     Pattern::new(samples, traces, trace.length_ms())
 }
 
-/// Zero pages that were never touched, described by few samples.
-fn untouched(trace: &Trace) -> Vec<Sample> {
-    let total: u64 = trace.absent.iter().map(|run| run.1).sum();
-    let longest = total.div_ceil(ABSENT_SAMPLES).max(1);
+/// Idle pages that were not read, described by few samples.
+fn unread(runs: &[(u64, u64)], zero: bool) -> Vec<Sample> {
+    let total: u64 = runs.iter().map(|run| run.1).sum();
+    let longest = total.div_ceil(UNREAD_SAMPLES).max(1);
     let mut samples: Vec<Sample> = vec![];
-    for &(first, length) in &trace.absent {
+    for &(first, length) in runs {
         // Short gaps join the one before: a fragmented memory has tens of thousands.
         if let Some(last) = samples.last_mut().filter(|last| last.weight + length as f64 <= longest as f64) {
             last.weight += length as f64;
@@ -108,7 +109,7 @@ fn untouched(trace: &Trace) -> Vec<Sample> {
         let mut at = first;
         while at < first + length {
             let part = longest.min(first + length - at);
-            samples.push(Sample { page: at, weight: part as f64, zero: true, writer: Writer::Idle });
+            samples.push(Sample { page: at, weight: part as f64, zero, writer: Writer::Idle });
             at += part;
         }
     }
@@ -160,7 +161,7 @@ fn groups(trace: &Trace) -> Vec<Vec<usize>> {
     let mut groups: Vec<Vec<usize>> = vec![];
     let mut before: Option<u64> = None;
     for (index, sample) in trace.samples.iter().enumerate() {
-        let near = before.is_some_and(|page| sample.page - page <= NEIGHBOURS.max(4 * sample.weight.ceil() as u64));
+        let near = before.is_some_and(|page| (sample.page - page) as f64 <= (NEIGHBOURS as f64).max(4.0 * sample.weight));
         match groups.last_mut().filter(|group| near && group.len() < GROUP) {
             Some(group) => group.push(index),
             None => groups.push(vec![index]),
@@ -305,7 +306,7 @@ fn pool_periods(mut groups: Vec<&Group>) -> Vec<Vec<&Group>> {
     pools
 }
 
-fn pool<'g>(groups: Vec<&'g Group>, alike: impl Fn(&Exposure, &Group) -> bool) -> Vec<Vec<&'g Group>> {
+fn pool(groups: Vec<&Group>, alike: impl Fn(&Exposure, &Group) -> bool) -> Vec<Vec<&Group>> {
     let mut pools: Vec<(Exposure, Vec<&Group>)> = vec![];
     for group in groups {
         match pools.last_mut().filter(|(exposure, _)| alike(exposure, group)) {

@@ -1,4 +1,4 @@
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation, clippy::cast_sign_loss)]
 use super::*;
 use crate::collector::trace::SampledPage;
 
@@ -19,7 +19,8 @@ fn look(pages: u64, count: u64, mut written: impl FnMut(u64, f64, f64, &mut Pcg6
             hits
         })
         .collect();
-    Trace { total_pages: 131_072, absent: vec![(0, 8192), (8192 + pages, 131_072 - 8192 - pages)], samples, slot_ends, changed }
+    let absent = vec![(0, 8192), (8192 + pages, 131_072 - 8192 - pages)];
+    Trace { total_pages: 131_072, absent, swapped: vec![], samples, slot_ends, changed }
 }
 
 fn random(rate: f64, from: f64, to: f64, rng: &mut Pcg64Mcg) -> bool {
@@ -69,7 +70,7 @@ fn hot_and_cold_regions_are_told_apart() {
 
 #[test]
 fn hot_pages_scattered_among_cold_ones_are_a_mixture() {
-    let rate = |page: u64| if page.wrapping_mul(0x9E37_79B9) >> 3 & 7 == 0 { 0.05 } else { 1e-4 };
+    let rate = |page: u64| if (page.wrapping_mul(0x9E37_79B9) >> 3).is_multiple_of(8) { 0.05 } else { 1e-4 };
     let hot = (0..2560_u64).filter(|i| rate((*i as f64 * 6.4) as u64) > 0.01).count() as f64 * 6.4;
     let pattern = describe(&look(16_384, 2560, |page, a, b, rng| random(rate(page), a, b, rng))).unwrap();
     meets(&pattern, |ms| hot * -(-0.05 * ms).exp_m1() + (16_384.0 - hot) * -(-1e-4 * ms).exp_m1(), 0.08);
@@ -114,7 +115,8 @@ fn rare_random_writes_are_no_sweep() {
 #[test]
 fn phases_keep_their_trace() {
     let rate = 40.0 / 16_384.0;
-    let pattern = describe(&look(16_384, 2560, |_, a, b, rng| (a / 1000.0) as u64 % 2 == 0 && random(rate, a, b, rng))).unwrap();
+    let pattern =
+        describe(&look(16_384, 2560, |_, a, b, rng| ((a / 1000.0) as u64).is_multiple_of(2) && random(rate, a, b, rng))).unwrap();
     assert!(kinds(&pattern)[3] > 2000, "{:?}", kinds(&pattern));
     let truth = |ms: f64| 16_384.0 * -(-rate * ms).exp_m1();
     let f = pattern.curve().pages(400.0);
@@ -131,7 +133,9 @@ fn an_idle_guest_has_no_writers() {
 fn untouched_memory_takes_few_samples() {
     let mut trace = look(1000, 100, |_, _, _, _| false);
     trace.absent = (0..30_000).map(|i| (20_000 + i * 3, 2)).collect();
+    trace.swapped = vec![(120_000, 500)];
     let pattern = describe(&trace).unwrap();
     assert!(pattern.samples().len() < 1000, "{}", pattern.samples().len());
-    assert_eq!(pattern.total_pages().round() as u64, 61_000);
+    assert_eq!(pattern.total_pages().round() as u64, 61_500);
+    assert_eq!(pattern.nonzero_pages().round() as u64, 1500, "what is swapped out is not zero");
 }

@@ -26,6 +26,7 @@ const PAGE_BYTES: usize = 4096;
 /// Entries of `/proc/PID/pagemap` read at once.
 const PAGEMAP_BATCH: usize = 16 * 1024;
 const PRESENT: u64 = 1 << 63;
+const SWAPPED: u64 = 1 << 62;
 
 /// Why memory could not be read.
 #[derive(Debug, thiserror::Error)]
@@ -53,6 +54,15 @@ pub enum MemoryError {
         /// What the kernel said.
         source: io::Error,
     },
+}
+
+/// Memory that has been touched, in runs of pages, ascending: `(first, length)`. What is in neither is zero.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Touched {
+    /// In memory.
+    pub present: Vec<(u64, u64)>,
+    /// Swapped out: holds something, and is not worth fetching to see what.
+    pub swapped: Vec<(u64, u64)>,
 }
 
 /// What one read said of a page.
@@ -100,10 +110,10 @@ impl GuestMemory {
         self.pages
     }
 
-    /// Runs of present pages, ascending: `(first, length)`.
-    pub fn present(&self) -> Result<Vec<(u64, u64)>, MemoryError> {
+    /// What the guest, or QEMU for it, has touched.
+    pub fn touched(&self) -> Result<Touched, MemoryError> {
         let map = File::open(format!("/proc/{}/pagemap", self.pid)).map_err(|error| self.io(error))?;
-        let mut runs: Vec<(u64, u64)> = Vec::new();
+        let mut touched = Touched::default();
         let mut buffer = vec![0_u8; PAGEMAP_BATCH * 8];
         for &(first, length, address) in &self.blocks {
             let mut done = 0;
@@ -113,9 +123,11 @@ impl GuestMemory {
                 map.read_exact_at(entries, (address / PAGE + done) * 8).map_err(|error| self.io(error))?;
                 for (page, entry) in (first + done..).zip(entries.chunks_exact(8)) {
                     let entry = entry.try_into().map_or(0, u64::from_le_bytes);
-                    if entry & PRESENT == 0 {
-                        continue;
-                    }
+                    let runs = match entry & (PRESENT | SWAPPED) {
+                        0 => continue,
+                        SWAPPED => &mut touched.swapped,
+                        _ => &mut touched.present,
+                    };
                     match runs.last_mut() {
                         Some((start, length)) if *start + *length == page => *length += 1,
                         _ => runs.push((page, 1)),
@@ -124,7 +136,7 @@ impl GuestMemory {
                 done += count as u64;
             }
         }
-        Ok(runs)
+        Ok(touched)
     }
 
     /// Reads the pages and calls `seen` with the index into `pages` and what was read.
@@ -239,7 +251,7 @@ mod tests {
         let at = skip + 700 * PAGE_BYTES;
         memory[at] = 7;
         let guest = own(&memory[skip..skip + 1999 * PAGE_BYTES]);
-        let present = guest.present().unwrap();
+        let present = guest.touched().unwrap().present;
         assert!(present.iter().any(|&(first, length)| (first..first + length).contains(&700)), "{present:?}");
         let count: u64 = present.iter().map(|run| run.1).sum();
         assert!(count < 1999, "everything became present by looking");
@@ -260,6 +272,6 @@ mod tests {
         };
         let mut guest = GuestMemory::new(pid, &[block]);
         assert!(matches!(guest.read(&[0], |_, _| ()), Err(MemoryError::Gone { .. })));
-        assert!(matches!(guest.present(), Err(MemoryError::Gone { .. })));
+        assert!(matches!(guest.touched(), Err(MemoryError::Gone { .. })));
     }
 }

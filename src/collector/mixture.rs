@@ -13,6 +13,7 @@ pub struct Exposure {
 
 impl Exposure {
     /// Both together, of the same slots.
+    #[must_use]
     pub fn plus(&self, other: &Self) -> Self {
         let sum = |a: (f64, f64, f64), b: (f64, f64, f64)| (a.0 + b.0, a.1 + b.1, a.2.max(b.2));
         Self { fine: sum(self.fine, other.fine), coarse: sum(self.coarse, other.coarse) }
@@ -170,7 +171,9 @@ pub fn rates_of_curve(points: &[(f64, f64)], most: f64) -> Vec<(f64, f64)> {
         }
         let all: f64 = pages.iter().sum();
         if all > most && all > 0.0 {
-            pages.iter_mut().for_each(|n| *n *= most / all);
+            for n in &mut pages {
+                *n *= most / all;
+            }
         }
     }
     rates.into_iter().zip(pages).filter(|(_, n)| *n >= 1.0).collect()

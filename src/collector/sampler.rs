@@ -13,7 +13,7 @@ use rand::{RngExt, SeedableRng};
 use rand_pcg::Pcg64Mcg;
 
 use super::{
-    memory::{GuestMemory, MemoryError},
+    memory::{GuestMemory, MemoryError, Touched},
     trace::{SampledPage, Trace},
 };
 
@@ -30,6 +30,9 @@ const FINE: Duration = Duration::from_millis(10);
 const FINE_SLOTS: u32 = 100;
 const COARSE: Duration = Duration::from_millis(50);
 
+/// A run of pages: the first one, and how many.
+type Run = (u64, u64);
+
 /// Looks for `duration`, and about a second more. Blocks: call it off the async threads. Stops early, with what it has,
 /// when `stop` is set.
 pub fn look(
@@ -43,7 +46,7 @@ pub fn look(
     let whole = duration + SCOUTING.1 * SCOUTING.0;
     let began = Instant::now();
     let report = |at: Instant| progress((at.duration_since(began).as_secs_f64() / whole.as_secs_f64()).min(1.0));
-    let present = memory.present()?;
+    let Touched { present, swapped } = memory.touched()?;
     let everything: u64 = present.iter().map(|run| run.1).sum();
 
     let scouts = spread(&present, everything, SCOUTS, &mut rng);
@@ -78,7 +81,8 @@ pub fn look(
     let mut prints = Prints::new(pages.len());
     let mut trace = Trace {
         total_pages: memory.pages(),
-        absent: gaps(&present, memory.pages()),
+        absent: gaps(&present, &swapped, memory.pages()),
+        swapped,
         samples: vec![],
         slot_ends: vec![],
         changed: vec![],
@@ -166,7 +170,7 @@ fn spread(runs: &[(u64, u64)], pages: u64, count: usize, rng: &mut Pcg64Mcg) -> 
 }
 
 /// Present memory in blocks that changed, and the rest.
-fn split(present: &[(u64, u64)], active: &mut [bool]) -> (Vec<(u64, u64)>, Vec<(u64, u64)>) {
+fn split(present: &[Run], active: &mut [bool]) -> (Vec<Run>, Vec<Run>) {
     let (mut changing, mut calm) = (vec![], vec![]);
     for &(first, length) in present {
         let mut at = first;
@@ -181,10 +185,12 @@ fn split(present: &[(u64, u64)], active: &mut [bool]) -> (Vec<(u64, u64)>, Vec<(
 }
 
 /// What lies between the runs.
-fn gaps(present: &[(u64, u64)], pages: u64) -> Vec<(u64, u64)> {
+fn gaps(present: &[Run], swapped: &[Run], pages: u64) -> Vec<Run> {
     let mut gaps = vec![];
     let mut at = 0;
-    for &(first, length) in present {
+    let mut touched = [present, swapped].concat();
+    touched.sort_unstable();
+    for (first, length) in touched {
         if first > at {
             gaps.push((at, first - at));
         }
@@ -219,6 +225,6 @@ mod tests {
         let (changing, calm) = split(&present, &mut active);
         assert_eq!(changing, [(512, 188)]);
         assert_eq!(calm, [(0, 512), (2048, 100)]);
-        assert_eq!(gaps(&present, 2560), [(700, 1348), (2148, 412)]);
+        assert_eq!(gaps(&present, &[(800, 100)], 2560), [(700, 100), (900, 1148), (2148, 412)]);
     }
 }

@@ -81,7 +81,7 @@ impl Chosen {
             SourceKind::Auto => {
                 if let Some(pid) = pid
                     && let Ok(ram) = guest_ram(qmp).await
-                    && GuestMemory::new(pid, &ram.blocks).present().is_ok()
+                    && GuestMemory::new(pid, &ram.blocks).touched().is_ok()
                 {
                     return Ok(Self::Sampler(PageSampler { pid }));
                 }
@@ -117,19 +117,19 @@ impl Source for PageSampler {
     ) -> Result<Seen, CollectError> {
         let ram = guest_ram(qmp).await?;
         let mut memory = GuestMemory::new(self.pid, &ram.blocks);
-        let stop = StopOnDrop(Arc::default());
-        let stopped = Arc::clone(&stop.0);
+        let nobody_waits = StopOnDrop(Arc::default());
+        let ended = Arc::clone(&nobody_waits.0);
         let done = Arc::new(AtomicU64::new(0));
         let reported = Arc::clone(&done);
         let (duration, seed) = (options.duration, options.seed);
         let mut look = spawn_blocking(move || {
             let note = |share: f64| reported.store(share.to_bits(), Ordering::Relaxed);
-            sampler::look(&mut memory, duration, seed, &stopped, note)
+            sampler::look(&mut memory, duration, seed, &ended, note)
         });
         loop {
             tokio::select! {
-                seen = &mut look => {
-                    let trace = seen.map_err(|error| CollectError::Interrupted { why: error.to_string() })??;
+                looked = &mut look => {
+                    let trace = looked.map_err(|error| CollectError::Interrupted { why: error.to_string() })??;
                     return trace.map(Seen::Trace).ok_or_else(|| CollectError::Interrupted { why: "it was stopped".into() });
                 }
                 () = sleep(WATCH) => {
@@ -151,17 +151,25 @@ impl Source for DirtyRateSource {
     ) -> Result<Seen, CollectError> {
         let total_pages = guest_ram_bytes(qmp).await?.pages();
         let points = measure(qmp, self.mode, options.duration, |share| progress(Progress(share))).await?;
-        let resident_pages = self.pid.and_then(resident_pages).unwrap_or(total_pages);
+        let resident_pages = match self.pid {
+            Some(pid) => resident_pages(qmp, pid).await.unwrap_or(total_pages),
+            None => total_pages,
+        };
         Ok(Seen::Windows(Windows { total_pages, resident_pages, points }))
     }
 }
 
-/// What the kernel holds in memory for a process; readable by everybody.
-fn resident_pages(pid: i32) -> Option<u64> {
+/// Guest pages that the kernel holds in memory: counted where that is allowed, else all of QEMU's own.
+async fn resident_pages(qmp: &mut Qmp, pid: i32) -> Option<u64> {
+    let ram = guest_ram(qmp).await.ok()?;
+    if let Ok(touched) = GuestMemory::new(pid, &ram.blocks).touched() {
+        return Some(touched.present.iter().chain(&touched.swapped).map(|run| run.1).sum());
+    }
+    // Readable by everybody: resident pages, and those of them that are files'.
     let statm = fs::read_to_string(format!("/proc/{pid}/statm")).ok()?;
-    let host_pages: u64 = statm.split_ascii_whitespace().nth(1)?.parse().ok()?;
+    let mut fields = statm.split_ascii_whitespace().skip(1).map_while(|field| field.parse::<u64>().ok());
     // The host's page is 4 KiB on every machine that QEMU's x86 guests run on.
-    Some(host_pages * 4096 / PAGE)
+    Some(fields.next()?.saturating_sub(fields.next()?) * 4096 / PAGE)
 }
 
 /// A look that nobody waits for any more ends.

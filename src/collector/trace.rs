@@ -20,6 +20,9 @@ pub struct Trace {
     pub total_pages: u64,
     /// Runs of pages that were never touched, `(first, length)`: zero, and not sampled.
     pub absent: Vec<(u64, u64)>,
+    /// Runs of pages that were swapped out: not zero, not read, and idle or they would be in memory.
+    #[serde(default)]
+    pub swapped: Vec<(u64, u64)>,
     /// Sampled pages, ascending.
     pub samples: Vec<SampledPage>,
     /// When the slots end, ms since the first read; slot 0 begins at 0.
@@ -60,8 +63,13 @@ impl Trace {
         if self.samples.iter().any(|s| !s.weight.is_finite() || s.weight <= 0.0 || s.page >= self.total_pages) {
             return damaged("a sample lies outside the guest or stands for nothing");
         }
-        if self.absent.iter().any(|&(first, length)| first.checked_add(length).is_none_or(|end| end > self.total_pages)) {
-            return damaged("untouched memory lies outside the guest");
+        if self
+            .absent
+            .iter()
+            .chain(&self.swapped)
+            .any(|&(first, length)| first.checked_add(length).is_none_or(|end| end > self.total_pages))
+        {
+            return damaged("untouched or swapped memory lies outside the guest");
         }
         Ok(())
     }

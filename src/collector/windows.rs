@@ -89,7 +89,7 @@ pub fn describe(windows: &Windows) -> Result<Pattern, PatternError> {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
+    #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, clippy::cast_sign_loss)]
     use super::*;
 
     #[test]

@@ -101,7 +101,16 @@ pub struct Pattern {
 #[derive(Debug, Clone, PartialEq)]
 struct Class {
     rate: f64,
-    members: Vec<u32>,
+    members: Vec<Member>,
+    /// Every member stands for itself alone.
+    single: bool,
+}
+
+/// A sample and the pages that it stands for, side by side: the draw is the hottest loop of a replay.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Member {
+    index: u32,
+    weight: f64,
 }
 
 impl Pattern {
@@ -199,11 +208,13 @@ fn classes(samples: &[Sample]) -> Vec<Class> {
     by_rate
         .chunk_by(|a, b| a.0 == b.0)
         .map(|group| {
-            let mut members: Vec<u32> = group.iter().map(|&(_, index)| index).collect();
+            let weight = |index: u32| samples.get(index as usize).map_or(1.0, |sample| sample.weight);
+            let mut members: Vec<Member> = group.iter().map(|&(_, index)| Member { index, weight: weight(index) }).collect();
             for last in (1..members.len()).rev() {
                 members.swap(last, rng.random_range(0..=last));
             }
-            Class { rate: group.first().map_or(0.0, |g| f64::from_bits(g.0)), members }
+            let single = members.iter().all(|member| member.weight <= 1.0);
+            Class { rate: group.first().map_or(0.0, |g| f64::from_bits(g.0)), members, single }
         })
         .collect()
 }
@@ -223,7 +234,7 @@ impl Realisation<'_> {
     pub fn written(&mut self, since: &[f64], until: f64, mut written: impl FnMut(usize)) {
         let Self { pattern, phase_ms, rng } = self;
         for class in &pattern.classes {
-            draw(class, &pattern.samples, since, until, rng, &mut written);
+            draw(class, since, until, rng, &mut written);
         }
         let until_there = until + *phase_ms;
         for &index in &pattern.returning {
@@ -252,7 +263,7 @@ impl Realisation<'_> {
 /// Draws one class. Pages that stand for themselves are drawn one by one. Samples that stand for many are drawn
 /// systematically: single draws would make the count as noisy as if the guest had only that many pages, and noise
 /// carries a migration over its threshold too early. What is left is the noise of the real, larger number of pages.
-fn draw(class: &Class, samples: &[Sample], since: &[f64], until: f64, rng: &mut Pcg64Mcg, written: &mut impl FnMut(usize)) {
+fn draw(class: &Class, since: &[f64], until: f64, rng: &mut Pcg64Mcg, written: &mut impl FnMut(usize)) {
     // Intervals come in few lengths: one for the clean pages, one for each chunk of the others.
     let (mut known, mut chance) = (f64::NAN, 0.0);
     let mut probability = |from: f64| {
@@ -262,28 +273,25 @@ fn draw(class: &Class, samples: &[Sample], since: &[f64], until: f64, rng: &mut 
         }
         chance
     };
-    let member = |&index: &u32| {
-        let index = index as usize;
-        samples.get(index).zip(since.get(index)).map(|(sample, &from)| (index, sample.weight, from))
-    };
-    // Mean and variance of the number of pages, in samples.
-    let (mut mean, mut variance, mut single) = (0.0, 0.0, true);
-    for (_, weight, from) in class.members.iter().filter_map(member) {
-        let p = probability(from);
-        mean += p;
-        variance += p * (1.0 - p) / weight;
-        single &= weight <= 1.0;
-    }
-    if mean <= 0.0 {
-        return;
-    }
-    if single {
-        for (index, _, from) in class.members.iter().filter_map(member) {
-            let p = probability(from);
+    // A sample without an answer to "since when" is not asked about.
+    let since_of = |member: &Member| since.get(member.index as usize).copied().unwrap_or(f64::INFINITY);
+    if class.single {
+        for member in &class.members {
+            let p = probability(since_of(member));
             if p > 0.0 && rng.random::<f64>() < p {
-                written(index);
+                written(member.index as usize);
             }
         }
+        return;
+    }
+    // Variance of the number of pages, in samples.
+    let (mut any, mut variance) = (false, 0.0);
+    for member in &class.members {
+        let p = probability(since_of(member));
+        any |= p > 0.0;
+        variance += p * (1.0 - p) / member.weight;
+    }
+    if !any {
         return;
     }
     let spread = if variance > 0.0 { gauss(rng) / variance.sqrt() } else { 0.0 };
@@ -291,12 +299,12 @@ fn draw(class: &Class, samples: &[Sample], since: &[f64], until: f64, rng: &mut 
     let start = rng.random_range(0..class.members.len());
     let (tail, head) = class.members.split_at(start);
     let mut sum = rng.random::<f64>();
-    for (index, weight, from) in head.iter().chain(tail).filter_map(member) {
-        let p = probability(from);
-        sum += (p + spread * p * (1.0 - p) / weight).clamp(0.0, 1.0);
+    for member in head.iter().chain(tail) {
+        let p = probability(since_of(member));
+        sum += (p + spread * p * (1.0 - p) / member.weight).clamp(0.0, 1.0);
         if sum >= 1.0 {
             sum -= 1.0;
-            written(index);
+            written(member.index as usize);
         }
     }
 }

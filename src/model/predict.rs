@@ -16,6 +16,9 @@ use super::{
 const REPLAYS: u32 = 48;
 /// Replays behind the verdict that the least convergent bandwidth stands on.
 const LCB_REPLAYS: u32 = 10;
+/// A cheap look at one bandwidth lasts for so many first passes and so many ms.
+const CHEAP_PASSES: f64 = 5.0;
+const CHEAP_MS: f64 = 10_000.0;
 /// Replays behind one point of the profile.
 const PROFILE_REPLAYS: u32 = 5;
 /// Points of the profile.
@@ -26,16 +29,20 @@ const CURVE_POINTS: usize = 32;
 const CONVERGES_FROM: f64 = 0.9;
 /// ... and up to this one to fail.
 const FAILS_UP_TO: f64 = 0.1;
-/// What a host adds that no pattern shows: this share of the time, and so many ms either way.
-const HOST_TOLERANCE: (f64, f64) = (0.02, 20.0);
+/// What a host adds that no pattern shows: this share of a time, either way, ...
+const HOST_SHARE: f64 = 0.03;
+/// ... so many ms either way, for what is not in windows, ...
+const HOST_MS: f64 = 20.0;
+/// ... and a window of the rate limiter, where the sender came too late to use the last one up.
+const LOST_WINDOW_MS: f64 = 100.0;
 /// Where KubeVirt's budget is switched off: a migration that runs for a day has failed anybody.
 const NO_BUDGET: Duration = Duration::from_secs(86_400);
 
 /// Answers the question from the pattern.
 pub fn forecast(pattern: &Pattern, question: &Question) -> Forecast {
     let curve = pattern.curve();
-    let settings = settings(question);
-    let runs = replays(pattern, &settings, REPLAYS);
+    let under = settings(question);
+    let runs = replays(pattern, &under, REPLAYS);
     let converged: Vec<Outcome> = runs.iter().copied().filter(|run| run.converged).collect();
     let probability = converged.len() as f64 / runs.len() as f64;
     // What would happen: the median course among those of the more likely kind.
@@ -48,12 +55,12 @@ pub fn forecast(pattern: &Pattern, question: &Question) -> Forecast {
     let (totals, downtimes) = (over(|run| run.total_ms), over(|run| run.downtime_ms));
     let (pages, syncs) = (over(|run| run.pages), over(|run| run.syncs as f64));
     let bytes = over(Outcome::transferred_bytes);
-    let converges = probability >= 0.5;
+    let gets_through = probability >= 0.5;
     let total_ms = quantile(&totals, 0.5);
-    let downtime_ms = converges.then(|| quantile(&downtimes, 0.5));
-    let sla_exceeded = converges && exceeds(question, total_ms, downtime_ms);
-    let lcb = lcb(pattern, &curve, &settings);
-    let low_confidence = converges && curve.pages(settings.deadline_ms) > 0.0 && total_ms > pattern.observed_ms();
+    let downtime_ms = gets_through.then(|| quantile(&downtimes, 0.5));
+    let sla_exceeded = gets_through && exceeds(question, total_ms, downtime_ms);
+    let lcb = lcb(pattern, &curve, &under);
+    let low_confidence = gets_through && curve.pages(under.deadline_ms) > 0.0 && total_ms > pattern.observed_ms();
     let counts = |values: &[f64]| (whole(quantile(values, 0.05)), whole(quantile(values, 0.95)));
     Forecast {
         verdict: verdict(probability, sla_exceeded),
@@ -70,16 +77,16 @@ pub fn forecast(pattern: &Pattern, question: &Question) -> Forecast {
         least_convergent_bandwidth: lcb.map(|rate| rate.0),
         cost: downtime_ms.map(|downtime_ms| cost(question, pattern, total_ms, downtime_ms, quantile(&pages, 0.5))),
         bounds: Bounds {
-            total_ms: widened(&totals),
-            downtime_ms: converges.then(|| widened(&downtimes)),
+            total_ms: widened(&totals, LOST_WINDOW_MS),
+            downtime_ms: gets_through.then(|| widened(&downtimes, HOST_MS)),
             dirtied_pages: counts(&pages),
             iterations: counts(&syncs),
         },
         pattern: Some(curve.points(pattern.observed_ms(), CURVE_POINTS)),
-        profile: profile(pattern, &settings, lcb),
+        profile: profile(pattern, &under, lcb),
         baselines: vec![
-            classic::classic(&curve, pattern.nonzero_pages(), &settings),
-            classic::base(&curve, pattern.nonzero_pages(), &settings),
+            classic::classic(&curve, pattern.nonzero_pages(), &under),
+            classic::base(&curve, pattern.nonzero_pages(), &under),
         ],
     }
 }
@@ -101,19 +108,38 @@ pub fn lcb(pattern: &Pattern, curve: &Curve, settings: &Settings) -> Option<Byte
     let everything = pattern.nonzero_pages() / settings.deadline_ms.max(1.0);
     let guess = BytesPerSecond(whole(dirtied.max(everything) * PAGE as f64 * 1000.0));
     let at = |rate| Settings { bandwidth: Bandwidth::Capped(rate), ..*settings };
-    let tolerated = f64::from(LCB_REPLAYS) * (1.0 - CONVERGES_FROM) + 1e-9;
     least_convergent_bandwidth(
         guess,
         settings.host.line_rate,
-        |rate| one(pattern, &at(rate), 0).converged,
         |rate| {
-            let mut failures = 0.0;
-            (0..LCB_REPLAYS).all(|run| {
-                failures += f64::from(u8::from(!one(pattern, &at(rate), run).converged));
-                failures <= tolerated
-            })
+            // A look that gives up after a few passes: what converges later does so by luck.
+            let pass = pattern.nonzero_pages() * PAGE as f64 / rate.per_ms();
+            let deadline_ms = settings.deadline_ms.min(CHEAP_PASSES * pass + CHEAP_MS);
+            one(pattern, &Settings { deadline_ms, ..at(rate) }, 0).converged
         },
+        |rate| converges(pattern, &at(rate)),
     )
+}
+
+/// Is the probability at least 0.9? Near the edge a random writer crosses the threshold by chance, at any time alike: a few
+/// replays that all converge tell how long that takes. Where one fails, it takes more of them to count.
+fn converges(pattern: &Pattern, settings: &Settings) -> bool {
+    let few = replays(pattern, settings, LCB_REPLAYS / 2);
+    let failed = few.iter().filter(|run| !run.converged).count() as f64;
+    if failed > 0.0 {
+        let tolerated = f64::from(LCB_REPLAYS) * (1.0 - CONVERGES_FROM) + 1e-9;
+        let mut failed = failed;
+        return failed <= tolerated
+            && (LCB_REPLAYS / 2..LCB_REPLAYS).all(|run| {
+                failed += f64::from(u8::from(!one(pattern, settings, run).converged));
+                failed <= tolerated
+            });
+    }
+    // What every one of them needs is no waiting; the rest of the budget has to outlast the waiting of nine in ten.
+    let needed = few.iter().map(|run| run.total_ms).fold(f64::INFINITY, f64::min);
+    let waited: f64 = few.iter().map(|run| run.total_ms - needed).sum();
+    let left = settings.deadline_ms - needed;
+    -(-left * f64::from(LCB_REPLAYS / 2 - 1) / waited.max(1e-9)).exp_m1() >= CONVERGES_FROM
 }
 
 /// `C = a·T_sum + b·T_downtime + c·P`, each term normalised (see [`CostWeights`]).
@@ -181,17 +207,16 @@ fn one(pattern: &Pattern, settings: &Settings, run: u32) -> Outcome {
 }
 
 /// 5 % to 95 % of the replays, and what the host adds.
-fn widened(sorted: &[f64]) -> (f64, f64) {
+fn widened(sorted: &[f64], late_ms: f64) -> (f64, f64) {
     let (low, high) = (quantile(sorted, 0.05), quantile(sorted, 0.95));
-    let (share, ms) = HOST_TOLERANCE;
-    ((low * (1.0 - share) - ms).max(0.0), high * (1.0 + share) + ms)
+    ((low * (1.0 - HOST_SHARE) - HOST_MS).max(0.0), high * (1.0 + HOST_SHARE) + late_ms)
 }
 
 /// The value at a share of a sorted list, by linear interpolation; 0 for an empty one.
 fn quantile(sorted: &[f64], share: f64) -> f64 {
     let at = share * sorted.len().saturating_sub(1) as f64;
-    let low = whole(at.floor()) as usize;
-    match (sorted.get(low), sorted.get(low + 1)) {
+    let low = usize::try_from(whole(at.floor())).unwrap_or(usize::MAX);
+    match (sorted.get(low), sorted.get(low.saturating_add(1))) {
         (Some(a), Some(b)) => a + (b - a) * at.fract(),
         (Some(a), None) => *a,
         _ => 0.0,

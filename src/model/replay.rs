@@ -234,7 +234,8 @@ impl Sender {
             if *left <= 0.0 {
                 ram.cursor += 1;
             }
-            ram.pending -= part;
+            // Never below nothing: sums and differences of fractions leave a residue.
+            ram.pending = (ram.pending - part).max(0.0);
             self.sent += part * wire;
             self.now += part * each_ms;
             if zero {

@@ -200,6 +200,7 @@ mod tests {
     }
 
     #[test]
+    #[allow(clippy::unwrap_used)]
     fn refuses_nonsense_with_a_way_out() {
         for text in ["", "Mi", "-1Mi", "NaN", "inf", "1e30", "10 parsecs", "0x10"] {
             let error = text.parse::<Bandwidth>().unwrap_err().to_string();

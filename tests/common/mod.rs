@@ -1,5 +1,5 @@
 //! The laboratory's paced guest as a pattern: the true write process, every page described.
-#![allow(dead_code, clippy::unwrap_used, clippy::panic, missing_docs)]
+#![allow(dead_code, unreachable_pub, clippy::unwrap_used, clippy::cast_possible_truncation, clippy::cast_sign_loss, missing_docs)]
 
 use migvisor::model::{
     forecast::HostConstants,
