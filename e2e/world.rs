@@ -13,10 +13,12 @@ use std::{
 use anyhow::{Context, Result, anyhow};
 use kube::Api;
 use migvisor::{api::MigrationForecast, model::forecast::HostConstants, qemu::migration};
+use nix::sys::signal::Signal;
+use rustls::pki_types::{CertificateDer, pem::PemObject};
 use serde_json::json;
 
 use crate::{
-    cluster::{ControlPlane, Process, free_port},
+    cluster::{ControlPlane, Process, WebhookCertificate, free_port},
     kubevirt::{self, Job, KubeVirt, Mover, Order, objects, running_vmi},
     lab::{self, Settings, Truth, Vm, VmSpec},
 };
@@ -124,6 +126,7 @@ pub struct World {
     processes: HashMap<&'static str, Process>,
     guests: Arc<Guests>,
     plane: ControlPlane,
+    certificate: WebhookCertificate,
     /// Where the controller listens for admission.
     pub webhook_port: u16,
     /// Where it tells its health and metrics.
@@ -164,6 +167,7 @@ impl World {
             webhook_port: free_port()?,
             controller_health: local(free_port()?),
             agent_health: local(free_port()?),
+            certificate: plane.webhook_certificate()?,
             plane,
         })
     }
@@ -214,21 +218,48 @@ impl World {
 
     /// Starts `migvisor controller` with its webhooks installed, and waits until it is ready.
     pub async fn start_controller(&mut self, more: &[&str]) -> Result<()> {
-        let certificate = self.plane.webhook_certificate()?;
-        let (listen, health) = (format!("127.0.0.1:{}", self.webhook_port), self.controller_health.clone());
-        let (cert, key) = (certificate.certificate.to_string_lossy(), certificate.key.to_string_lossy());
+        let (port, health) = (self.webhook_port, self.controller_health.clone());
+        self.start_replica("controller", port, &health, more).await?;
+        self.admit_at(port).await
+    }
+
+    /// Starts one more controller under this name, and waits until it is ready. Admission stays where it is.
+    pub async fn start_replica(&mut self, name: &'static str, port: u16, health: &str, more: &[&str]) -> Result<()> {
+        let listen = format!("127.0.0.1:{port}");
+        let (cert, key) = (self.certificate.certificate.to_string_lossy(), self.certificate.key.to_string_lossy());
         let mut args =
-            vec!["controller", "--webhook-listen", &listen, "--listen", &health, "--tls-cert", &cert, "--tls-key", &key];
+            vec!["controller", "--webhook-listen", &listen, "--listen", health, "--tls-cert", &cert, "--tls-key", &key];
         args.extend(more);
-        let process = self.plane.product("controller", &args, &[])?;
-        self.processes.insert("controller", process);
-        self.ready("controller", &health).await?;
-        self.plane.install_webhooks(self.webhook_port, &certificate.authority).await
+        let process = self.plane.product(name, &args, &[])?;
+        self.processes.insert(name, process);
+        self.ready(name, health).await
+    }
+
+    /// Has the API server ask the controller at this port.
+    pub async fn admit_at(&self, port: u16) -> Result<()> {
+        self.plane.install_webhooks(port, &self.certificate.authority).await
+    }
+
+    /// Posts a body to the controller at this port, over TLS, as the API server would: status and body.
+    pub async fn post(&self, port: u16, path: &str, body: Vec<u8>) -> Result<(u16, String)> {
+        let mut config = kube::Config::new(format!("https://127.0.0.1:{port}").parse()?);
+        let authority = CertificateDer::from_pem_slice(self.certificate.authority.as_bytes())?;
+        config.root_cert = Some(vec![authority.to_vec()]);
+        config.read_timeout = Some(Duration::from_secs(5));
+        let request = http::Request::post(path).header("content-type", "application/json").body(body.into())?;
+        let response = kube::Client::try_from(config)?.send(request).await?;
+        let status = response.status().as_u16();
+        Ok((status, String::from_utf8_lossy(&response.into_body().collect_bytes().await?).into_owned()))
     }
 
     /// A part of the product that runs here: `agent` or `controller`.
     pub fn process(&mut self, name: &'static str) -> Result<&mut Process> {
         self.processes.get_mut(name).with_context(|| format!("the {name} was not started"))
+    }
+
+    /// Sends a signal to a part of the product.
+    pub fn signal(&self, name: &str, signal: Signal) -> Result<()> {
+        self.processes.get(name).with_context(|| format!("the {name} was not started"))?.signal(signal)
     }
 
     async fn ready(&mut self, name: &'static str, health: &str) -> Result<()> {

@@ -113,7 +113,7 @@ async fn mistakes_are_explained() {
     assert!(code == 2 && complaint.contains("QMP"), "{complaint}");
     server.abort();
 
-    for (bandwidth, says) in [("100", "did you mean 100Mi"), ("-5Mi", "negative"), ("9Ei", "no line carries"), ("fast", "100Mi")]
+    for (bandwidth, says) in [("100", "did you mean 100Mi"), ("-5Mi", "negative"), ("9Ti", "no line carries"), ("fast", "100Mi")]
     {
         let option = format!("--bandwidth={bandwidth}");
         let (code, _, complaint) = predict(&nothing, &[&option]).await;
