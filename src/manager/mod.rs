@@ -47,7 +47,10 @@ use self::{
     watch::{Change, Key},
 };
 use crate::{
-    api::{MigrationForecast, kubevirt::VirtualMachineInstance},
+    api::{
+        MigrationForecast,
+        kubevirt::{VirtualMachineInstance, VirtualMachineInstanceMigration},
+    },
     decision::Origin,
     model::forecast::Verdict,
 };
@@ -223,20 +226,27 @@ impl Manager {
             Desired::Wait => {}
         }
         let Some(stored) = stored else { return Ok(None) };
-        self.tell(key, &vmi, &stored).await?;
-        self.warn(key, policy.is_some()).await;
+        // One look through all migrations, and none at all on the way of admission.
+        let migrations = self.knowledge.migrations_of(&key.namespace, &key.name);
+        self.tell(key, &vmi, &stored, &migrations).await?;
+        self.warn(key, policy.is_some(), &migrations).await;
         Ok(observe::look_again(&stored, Timestamp::now()))
     }
 
     /// The manager's part of the status, and the events that go with its changes.
-    async fn tell(&self, key: &Key, vmi: &VirtualMachineInstance, stored: &MigrationForecast) -> Result<(), WriteError> {
+    async fn tell(
+        &self,
+        key: &Key,
+        vmi: &VirtualMachineInstance,
+        stored: &MigrationForecast,
+        migrations: &[Arc<VirtualMachineInstanceMigration>],
+    ) -> Result<(), WriteError> {
         let now = Timestamp::now();
         let candidate =
             Candidate { namespace: &key.namespace, vmi_name: &key.name, leaves_cluster: false, origin: Origin::Person };
         let decision = self.knowledge.judge(candidate, now).decision;
-        let migrations = self.knowledge.migrations_of(&key.namespace, &key.name);
         let memory = self.remember(key, |memory| memory.clone());
-        let ended = observe::unrecorded(&migrations, Some(vmi), stored).filter(|migration| migration.uid() != memory.recorded);
+        let ended = observe::unrecorded(migrations, Some(vmi), stored).filter(|migration| migration.uid() != memory.recorded);
         let outcome = ended.map(|migration| observe::outcome(migration, Some(vmi), Some(stored)));
 
         let own = observe::own_status(stored, &decision, outcome.clone(), now);
@@ -264,12 +274,12 @@ impl Manager {
     }
 
     /// Repeats admission's warnings as events: virtctl and KubeVirt's own controllers show none.
-    async fn warn(&self, key: &Key, has_policy: bool) {
+    async fn warn(&self, key: &Key, has_policy: bool, migrations: &[Arc<VirtualMachineInstanceMigration>]) {
         // The built-in policy only audits: it warns nobody.
         if !has_policy {
             return;
         }
-        for migration in self.knowledge.migrations_of(&key.namespace, &key.name) {
+        for migration in migrations {
             let uid = migration.uid().unwrap_or_default();
             if migration.is_final()
                 || migration.spec.receive.is_some()
@@ -284,7 +294,7 @@ impl Manager {
                 origin: Origin::of(migration.annotations()),
             };
             let decision = self.knowledge.judge(candidate, Timestamp::now()).decision;
-            if let Some(notice) = observe::warning_notice(&migration, &decision) {
+            if let Some(notice) = observe::warning_notice(migration, &decision) {
                 self.remember(key, |memory| memory.warned.insert(uid));
                 self.writer.notify(&migration.object_ref(&()), notice).await;
             }

@@ -1,8 +1,8 @@
 //! Admission of live migrations, answered from memory.
 //!
-//! In: AdmissionReviews of VirtualMachineInstanceMigrations, on `POST /mutate-vmim` and `POST /validate-vmim`. Out: a patch that writes the
+//! In: `AdmissionReview`s of `VirtualMachineInstanceMigration`s, on `POST /mutate-vmim` and `POST /validate-vmim`. Out: a patch that writes the
 //! forecast into annotations; allow, allow with a warning, or deny. No I/O, no side effects: anybody may post a review, and a server may
-//! ask as often as it likes. What cannot be read is let through with a warning; only what is no AdmissionReview at all is an HTTP error.
+//! ask as often as it likes. What cannot be read is let through with a warning; only what is no `AdmissionReview` at all is an HTTP error.
 
 mod metrics;
 mod review;

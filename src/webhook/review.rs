@@ -1,4 +1,4 @@
-//! AdmissionReviews, read and written. Pure.
+//! `AdmissionReview`s, read and written. Pure.
 //!
 //! In: the bytes of a body. Out: the migration in it, as far as it can be read; the review that answers.
 
