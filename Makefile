@@ -24,7 +24,7 @@ demo: setup build ## Show the main job: a real API server, real guests, forecast
 
 .PHONY: test
 test: kvm setup check build ## Run all checks and all tests (without /dev/kvm: ALLOW_NO_KVM=1 make test)
-	cargo test --workspace --locked
+	cargo test --workspace --locked --no-fail-fast
 
 .PHONY: check
 check: ## Formatting, lints, documentation
