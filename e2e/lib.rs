@@ -3,4 +3,5 @@
 pub mod cluster;
 pub mod kubevirt;
 pub mod lab;
+pub mod process;
 pub mod world;

@@ -8,7 +8,8 @@ use kube::{Api, api::PostParams};
 use serde_json::json;
 use tokio::io::AsyncWriteExt;
 
-use super::{ControlPlane, process};
+use super::ControlPlane;
+use crate::process;
 
 /// A kubectl that talks for longer than this hangs.
 const DEADLINE: Duration = Duration::from_secs(60);

@@ -5,12 +5,11 @@
 //! controller-manager, so nothing deletes the content of a deleted namespace, collects garbage or makes service accounts
 //! (the admission plugin that would demand one of every pod is off).
 //!
-//! Everything ends on drop, also when the test panics. A test that is killed outright leaves no process (see [`process`])
+//! Everything ends on drop, also when the test panics. A test that is killed outright leaves no process (see [`crate::process`])
 //! and a directory that the next start sweeps.
 
 mod kubectl;
 mod pki;
-pub mod process;
 pub mod product;
 mod wait;
 mod webhook;
@@ -34,13 +33,15 @@ use kube::{
 };
 use tempfile::TempDir;
 
+use crate::process;
+
 pub use self::{
     kubectl::Output,
     pki::{Authority, Pair},
-    process::Process,
     wait::wait_for,
     webhook::WebhookCertificate,
 };
+pub use crate::process::Process;
 
 /// How long a start may take on a slow machine before it counts as failed.
 const START_DEADLINE: Duration = Duration::from_secs(90);

@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 
-use super::{ControlPlane, Process, process};
+use super::{ControlPlane, Process};
+use crate::process;
 
 /// The binary beside the running test or demo: `target/<profile>/migvisor`. An error if it was not built.
 pub fn binary() -> Result<PathBuf> {

@@ -14,7 +14,7 @@ pub mod guest;
 pub mod host;
 pub mod link;
 pub mod migrate;
-mod process;
+mod qemu;
 pub mod vm;
 
 pub use guest::{GuestSpec, Writes};

@@ -16,7 +16,7 @@ use tokio::time::{Instant, sleep};
 
 use super::{
     guest::{self, GuestSpec},
-    process::Process,
+    qemu::Qemu,
 };
 
 const QEMU: &str = "qemu-system-x86_64";
@@ -69,7 +69,7 @@ impl VmSpec {
 /// A QEMU that we started. Killed on drop.
 #[derive(Debug)]
 pub struct Vm {
-    process: Process,
+    process: Qemu,
     lab: Qmp,
     qmp: PathBuf,
     spec: VmSpec,
@@ -110,7 +110,7 @@ impl Vm {
         let lab = dir.path().join("lab");
         let socket = |path: &Path| format!("unix:{},server=on,wait=off", path.display());
         let stderr = std::fs::File::create(dir.path().join("stderr"))?;
-        let mut process = Process::start(QEMU, |command| {
+        let mut process = Qemu::start(QEMU, |command| {
             command
                 .args(["-machine", if kvm() { "pc,accel=kvm" } else { "pc,accel=tcg" }])
                 .args(["-nodefaults", "-no-user-config", "-display", "none", "-m", &spec.memory_mib.to_string()])
@@ -208,7 +208,7 @@ impl Vm {
     }
 }
 
-async fn connect(socket: &Path, process: &mut Process) -> Result<Qmp> {
+async fn connect(socket: &Path, process: &mut Qemu) -> Result<Qmp> {
     let deadline = Instant::now() + PATIENCE;
     loop {
         match Qmp::connect(socket, PATIENCE).await {

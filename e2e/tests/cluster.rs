@@ -14,11 +14,12 @@ use kube::{
 };
 use migvisor::model::units::{Bandwidth, BytesPerSecond};
 use migvisor_e2e::{
-    cluster::{ControlPlane, Process, free_port, process, wait_for},
+    cluster::{ControlPlane, Process, free_port, wait_for},
     kubevirt::{
         Job, KubeVirt, Mover, Order, Outcome,
         objects::{self, Side, create_node, install_crds, running_vmi, vmim_manifest},
     },
+    process,
 };
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
