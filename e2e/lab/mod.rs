@@ -4,7 +4,7 @@
 //! |---|---|
 //! | [`guest`] | builds the paced guest and says what it writes |
 //! | [`vm`] | starts and ends a QEMU with it, as a source or as the target of a migration |
-//! | [`migrate`] | moves a guest for real and reads the truth |
+//! | [`mod@migrate`] | moves a guest for real and reads the truth |
 //! | [`link`] | a line of a given rate between two QEMUs |
 //! | [`host`] | measures this host's constants |
 //!

@@ -1,7 +1,7 @@
 //! From observations to a pattern: what writes here?
 //!
 //! Samples are taken in groups of neighbours. A group whose pages come back at even intervals is a sweep and becomes
-//! [`Writer::Periodic`], as does a [`Sweep`] that the look saw only a part of; one whose counts per slot vary as those of independent writes do gets a rate, pooled over like
+//! [`Writer::Periodic`], as does a sweep that the look saw only a part of; one whose counts per slot vary as those of independent writes do gets a rate, pooled over like
 //! groups; one whose pages differ too much for a single rate gets a mixture of rates; anything else (phases, bursts)
 //! keeps its trace. Single samples are too noisy to be believed on their own, and noise ends a migration too early.
 

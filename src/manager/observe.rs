@@ -1,6 +1,6 @@
 //! From what is known of a VM to what should be written about it. Pure: the middle of the pipeline observe → decide → apply.
 //!
-//! In: the VM, its migrations, its forecast object, the question as it should be, the time. Out: a [`Plan`] of writes and events; empty
+//! In: the VM, its migrations, its forecast object, the question as it should be, the time. Out: the writes and events that are due; none
 //! where nothing has changed.
 
 use std::time::Duration;
