@@ -67,12 +67,8 @@ pub fn with_condition(
     let unknown = status.verdict.is_none_or(|verdict| verdict == Verdict::Unknown);
     let (value, why, message) = match (unknown, status.low_confidence) {
         (true, _) => ("Unknown", "NoForecast", "There is no forecast to be confident of."),
-        (false, true) => (
-            "True",
-            "ShortLookOrAssumption",
-            "The look was shorter than the migration, or an assumption stands in for a measurement.",
-        ),
-        (false, false) => ("False", "Measured", "Everything that matters was measured."),
+        (false, true) => ("True", "ShortLook", "The look was shorter than the migration would be."),
+        (false, false) => ("False", "LongLook", "The look was as long as the migration would be."),
     };
     let turned = before
         .and_then(|before| before.conditions.iter().find(|condition| condition.type_ == LOW_CONFIDENCE))

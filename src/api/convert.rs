@@ -17,7 +17,7 @@ use super::{
 };
 use crate::model::{
     forecast::{self as model, Forecast, PatternPoint, Question, Verdict},
-    units::{Bandwidth, Bytes, BytesPerSecond},
+    units::{Bandwidth, Bytes, BytesPerSecond, FASTEST, SLOWEST},
 };
 
 /// The most points of a curve that an object carries.
@@ -25,10 +25,6 @@ pub const CURVE_POINTS: usize = 32;
 /// The most points of a profile that an object carries.
 pub const PROFILE_POINTS: usize = 16;
 
-/// Below this a cap is a slip of the pen: one page would take a second.
-const LEAST_BANDWIDTH: u64 = 4096;
-/// Above this (8 Tbit/s) no line exists.
-const MOST_BANDWIDTH: u64 = 1 << 40;
 /// QEMU's `MAX_MIGRATE_DOWNTIME_SECONDS`.
 const LONGEST_DOWNTIME: std::time::Duration = std::time::Duration::from_secs(2000);
 /// No migration runs for longer than this.
@@ -89,9 +85,9 @@ impl MigrationForecastSpec {
 fn bandwidth(field: &'static str, quantity: &Quantity) -> Result<Bandwidth, QuestionError> {
     match quantity.bandwidth() {
         Err(error) => refuse(field, error.to_string()),
-        Ok(Bandwidth::Capped(BytesPerSecond(rate))) if !(LEAST_BANDWIDTH..=MOST_BANDWIDTH).contains(&rate) => refuse(
+        Ok(Bandwidth::Capped(rate)) if !(SLOWEST..=FASTEST).contains(&rate) => refuse(
             field,
-            format!("`{quantity}` bytes per second is not between 4Ki and 1Ti; write 0 for no cap, or a rate such as 100Mi"),
+            format!("`{quantity}` bytes per second is not between 64Ki and 1Ti; write 0 for no cap, or a rate such as 100Mi"),
         ),
         Ok(bandwidth) => Ok(bandwidth),
     }
@@ -140,6 +136,15 @@ fn host(host: &HostConstants) -> Result<model::HostConstants, QuestionError> {
         sync_ms: amount("host.syncMs", host.sync_ms, assumed.sync_ms, 0.0)?,
         completion_ms: amount("host.completionMs", host.completion_ms, assumed.completion_ms, 0.0)?,
     })
+}
+
+/// What others said may be in a message, and they may say a lot: no more than this goes into an object.
+fn shortened(message: String) -> String {
+    const MOST: usize = 1000;
+    match message.char_indices().nth(MOST) {
+        Some((end, _)) => format!("{}…", message.get(..end).unwrap_or_default()),
+        None => message,
+    }
 }
 
 impl MigrationForecastStatus {
@@ -194,7 +199,7 @@ impl MigrationForecastStatus {
             measured_at: measured_at.map(Time),
             verdict: Some(Verdict::Unknown),
             reason: Some(why.to_owned()),
-            message: Some(message.into()),
+            message: Some(shortened(message.into())),
             ..Self::default()
         }
     }

@@ -22,8 +22,16 @@ pub struct CollectArgs {
 /// Records one look.
 pub async fn run(args: CollectArgs) -> anyhow::Result<ExitCode> {
     let observation = look(&args.look).await?;
+    if fs::metadata(&args.output).is_ok_and(|found| !found.is_file()) {
+        // A pipe or a device is written to, never replaced.
+        let json = serde_json::to_vec(&observation)?;
+        fs::write(&args.output, json).with_context(|| format!("cannot write the recording to {}", args.output.display()))?;
+        return Ok(ExitCode::SUCCESS);
+    }
     // Whole or not at all: a full disk must not leave half a recording under the name of a whole one.
-    let partial = args.output.with_extension("partial");
+    let mut partial = args.output.clone().into_os_string();
+    partial.push(format!(".{}.partial", std::process::id()));
+    let partial = PathBuf::from(partial);
     let written = serde_json::to_vec(&observation).map_err(Into::into).and_then(|json| {
         fs::write(&partial, json).and_then(|()| fs::rename(&partial, &args.output)).map_err(anyhow::Error::from)
     });

@@ -76,6 +76,13 @@ pub enum ControllerError {
     Tls(#[from] TlsError),
 }
 
+/// A name that no other replica has: process ids are alike in containers, and two leaders of one name would both write.
+fn unique_identity() -> String {
+    use std::hash::{BuildHasher, RandomState};
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    format!("{}-{:016x}", host.trim(), RandomState::new().hash_one(std::process::id()))
+}
+
 /// Runs until SIGTERM or SIGINT.
 pub async fn run(args: ControllerArgs) -> Result<(), ControllerError> {
     telemetry::init(&args.log)?;
@@ -90,8 +97,7 @@ pub async fn run(args: ControllerArgs) -> Result<(), ControllerError> {
     let admission = TlsServer::bind(args.webhook_listen, args.tls_cert, args.tls_key).await?;
     tracing::info!(admission = %admission.local_addr(), health = %health.local_addr(), "serving");
 
-    // A pod's name is its own; outside a cluster the process is.
-    let identity = args.identity.unwrap_or_else(|| format!("migvisor-{}", std::process::id()));
+    let identity = args.identity.unwrap_or_else(unique_identity);
     let lease = LeaseOptions::new(args.lease_namespace, "migvisor-controller", identity.clone());
     let (leadership, election) = lease::elect(client.clone(), lease, shutdown.clone());
 

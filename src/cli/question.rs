@@ -12,14 +12,10 @@ use crate::{
     model::{
         forecast::{CostWeights, HostConstants, Question, Sla},
         kubevirt::{DEFAULT_COMPLETION_TIMEOUT_PER_GIB, time_budget},
-        units::{Bandwidth, Bytes, BytesPerSecond},
+        units::{Bandwidth, Bytes, BytesPerSecond, FASTEST, SLOWEST},
     },
 };
 
-/// Below this a cap is a slip of the pen.
-const LEAST_BANDWIDTH: u64 = 64 << 10;
-/// Above this no line exists: 8 Tbit/s.
-const MOST_BANDWIDTH: u64 = 1 << 40;
 /// QEMU's own end: 2 000 s.
 const LONGEST_DOWNTIME: Duration = Duration::from_secs(2000);
 
@@ -136,10 +132,10 @@ fn downtime(text: &str) -> Result<Duration, String> {
 fn bandwidth(text: &str) -> Result<Bandwidth, String> {
     let parsed: Bandwidth = text.parse().map_err(|error: crate::model::units::ParseQuantityError| error.to_string())?;
     match parsed.cap() {
-        Some(BytesPerSecond(rate)) if rate < LEAST_BANDWIDTH => {
+        Some(BytesPerSecond(rate)) if rate < SLOWEST.0 => {
             Err(format!("{rate} bytes per second would move one page in {:.1} s; did you mean {rate}Mi?", 4096.0 / rate as f64))
         }
-        Some(BytesPerSecond(rate)) if rate > MOST_BANDWIDTH => Err("no line carries more than 1Ti bytes per second".into()),
+        Some(rate) if rate > FASTEST => Err("no line carries more than 1Ti bytes per second".into()),
         _ => Ok(parsed),
     }
 }

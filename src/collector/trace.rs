@@ -31,6 +31,9 @@ pub struct Trace {
     pub changed: Vec<Vec<u32>>,
 }
 
+/// More memory than any VM has: 128 TiB.
+const MOST_PAGES: u64 = 1 << 35;
+
 /// Why a recorded trace cannot be used.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("the trace is damaged: {0}; record it again")]
@@ -70,6 +73,10 @@ impl Trace {
             .any(|&(first, length)| first.checked_add(length).is_none_or(|end| end > self.total_pages))
         {
             return damaged("untouched or swapped memory lies outside the guest");
+        }
+        let unread = self.absent.iter().chain(&self.swapped).try_fold(0_u64, |sum, run| sum.checked_add(run.1));
+        if self.total_pages > MOST_PAGES || unread.is_none_or(|unread| unread > self.total_pages) {
+            return damaged("it describes more memory than there is");
         }
         Ok(())
     }

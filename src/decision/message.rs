@@ -101,7 +101,8 @@ fn ways_out(input: &Input<'_>, present: &MigrationForecastSpec, forecast: &Forec
             _ => format!("raise bandwidthPerMigration to at least {rate}"),
         });
     }
-    if forecast.verdict == Verdict::Fails && present.time_budget.is_some() {
+    // Time helps a guest that is too large, not one that dirties faster than the bandwidth carries.
+    if forecast.verdict == Verdict::Fails && present.time_budget.is_some() && forecast.iterations <= 1 {
         ways.push("allow it more time (a larger completionTimeoutPerGiB)".to_owned());
     }
     if !forecast.sla_exceeded {

@@ -12,6 +12,7 @@ use crate::{
         forecast::{BandwidthSource, BudgetEnd},
         kubevirt::{KubeVirt, MigrationConfiguration, MigrationPolicy, VirtualMachineInstance},
         names::NODE_LABEL,
+        scalar::Quantity,
     },
     model::{
         kubevirt::{DEFAULT_COMPLETION_TIMEOUT_PER_GIB, time_budget},
@@ -115,7 +116,7 @@ pub fn desired(vmi: &VirtualMachineInstance, effective: &Effective, policy: Opti
         node_name: vmi.status.node_name.clone(),
         pod_uid: pod_uid.to_owned(),
         guest_memory: guest_memory.into(),
-        bandwidth: bandwidth.into(),
+        bandwidth,
         bandwidth_source,
         downtime_limit: DOWNTIME_LIMIT.into(),
         time_budget: time_budget(effective.completion_timeout_per_gib, guest_memory).map(Into::into),
@@ -131,15 +132,17 @@ pub fn desired(vmi: &VirtualMachineInstance, effective: &Effective, policy: Opti
 }
 
 /// The less of KubeVirt's cap and what the policy says can be counted on.
-fn offered(effective: &Effective, policy: Option<&PredictionPolicy>) -> (Bandwidth, BandwidthSource) {
-    let counted_on = policy
-        .and_then(|policy| policy.spec.bandwidth.as_ref())
-        .and_then(|quantity| quantity.bandwidth().ok())
-        .and_then(Bandwidth::cap);
-    match (effective.bandwidth.cap(), counted_on) {
-        (Some(cap), Some(rate)) if rate >= cap => (effective.bandwidth, effective.source),
-        (_, Some(rate)) => (Bandwidth::Capped(rate), BandwidthSource::PredictionPolicy),
-        (_, None) => (effective.bandwidth, effective.source),
+///
+/// What cannot be read in the policy is asked as it stands: the answer is then `InvalidQuestion`, with the words, and not a forecast for
+/// a bandwidth that nobody meant.
+fn offered(effective: &Effective, policy: Option<&PredictionPolicy>) -> (Quantity, BandwidthSource) {
+    let theirs = (effective.bandwidth.into(), effective.source);
+    let Some(quantity) = policy.and_then(|policy| policy.spec.bandwidth.as_ref()) else { return theirs };
+    match (effective.bandwidth.cap(), quantity.bandwidth().map(Bandwidth::cap)) {
+        (_, Err(_)) => (quantity.clone(), BandwidthSource::PredictionPolicy),
+        (_, Ok(None)) => theirs,
+        (Some(cap), Ok(Some(rate))) if rate >= cap => theirs,
+        (_, Ok(Some(rate))) => (Bandwidth::Capped(rate).into(), BandwidthSource::PredictionPolicy),
     }
 }
 

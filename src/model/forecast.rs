@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::units::{Bandwidth, BytesPerSecond};
+use super::units::{Bandwidth, BytesPerSecond, FASTEST, SLOWEST};
 
 /// What a migration would run under. The pattern says what the guest does; this says what the world does.
 #[derive(Debug, Clone, PartialEq)]
@@ -72,7 +72,10 @@ impl HostConstants {
             let sound = (0.0..=60_000.0).contains(&value);
             if sound { Ok(()) } else { Err(AbsurdConstant { name, value, wanted: "between 0 and 60000 ms" }) }
         };
-        positive("lineRate", self.line_rate.0 as f64)?;
+        if !(SLOWEST..=FASTEST).contains(&self.line_rate) {
+            let value = self.line_rate.0 as f64;
+            return Err(AbsurdConstant { name: "lineRate", value, wanted: "above zero, in bytes per second: 65536 to 2^40" });
+        }
         positive("zeroPagesPerMs", self.zero_pages_per_ms)?;
         duration("setupMs", self.setup_ms)?;
         duration("syncMs", self.sync_ms)?;
@@ -140,7 +143,7 @@ pub struct Forecast {
     /// It converges, but not within the SLA: the verdict is then `Borderline`.
     #[serde(default)]
     pub sla_exceeded: bool,
-    /// The pattern was observed for less time than the migration would take, or an assumption stands in for a measurement.
+    /// It converges, and the pattern was observed for less time than that would take.
     #[serde(default)]
     pub low_confidence: bool,
     /// The share of replays that converged within the budget, 0..=1.

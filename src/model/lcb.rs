@@ -19,7 +19,7 @@ pub fn least_convergent_bandwidth(
 ) -> Option<BytesPerSecond> {
     let line = line_rate.0 as f64;
     let mut asked = |rate: f64| likely(rounded(rate.min(line)));
-    let (mut low, mut high) = bracket((guess.0 as f64).clamp(LEAST, line), line, &mut asked);
+    let (mut low, mut high) = bracket((guess.0 as f64).clamp(LEAST.min(line), line), line, &mut asked);
     while high / low > PRECISION {
         let middle = (low * high).sqrt();
         if asked(middle) { high = middle } else { low = middle }
@@ -107,6 +107,15 @@ mod tests {
         let certain = |rate: BytesPerSecond| rate.0 >= 60 << 20;
         let found = least_convergent_bandwidth(BytesPerSecond(1), LINE, |rate| rate.0 >= 50 << 20, certain).unwrap();
         assert!((60 << 20..62 << 20).contains(&found.0), "{found:?}");
+    }
+
+    #[test]
+    fn a_line_slower_than_anything_is_no_panic() {
+        for line in [0, 1, 1000] {
+            assert_eq!(least_convergent_bandwidth(LINE, BytesPerSecond(line), |_| false, |_| false), None);
+            let found = least_convergent_bandwidth(LINE, BytesPerSecond(line), |_| true, |_| true);
+            assert!(found.is_some_and(|rate| rate.0 <= line.max(1)), "{found:?}");
+        }
     }
 
     #[test]

@@ -43,10 +43,10 @@ pub fn forecast(pattern: &Pattern, question: &Question) -> Forecast {
     let curve = pattern.curve();
     let under = settings(question);
     let runs = replays(pattern, &under, REPLAYS);
-    let converged: Vec<Outcome> = runs.iter().copied().filter(|run| run.converged).collect();
+    let (converged, failed): (Vec<Outcome>, Vec<Outcome>) = runs.iter().copied().partition(|run| run.converged);
     let probability = converged.len() as f64 / runs.len() as f64;
     // What would happen: the median course among those of the more likely kind.
-    let likely = if probability >= 0.5 { &converged } else { &runs };
+    let likely = if probability >= 0.5 { &converged } else { &failed };
     let over = |figure: fn(&Outcome) -> f64| {
         let mut values: Vec<f64> = likely.iter().map(figure).collect();
         values.sort_by(f64::total_cmp);
@@ -172,7 +172,7 @@ fn exceeds(question: &Question, total_ms: f64, downtime_ms: Option<f64>) -> bool
 fn profile(pattern: &Pattern, settings: &Settings, lcb: Option<BytesPerSecond>) -> Vec<ProfilePoint> {
     let line = settings.host.line_rate.0 as f64;
     let (low, high) = match lcb.or(settings.bandwidth.cap()) {
-        Some(rate) => (rate.0 as f64 / 2.0, (rate.0 as f64 * 8.0).min(line)),
+        Some(rate) => ((rate.0 as f64).min(line) / 2.0, (rate.0 as f64 * 8.0).min(line)),
         None => (line / 64.0, line),
     };
     let ratio = (high / low).max(1.0);

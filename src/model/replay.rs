@@ -36,6 +36,10 @@ const STEADY_SYNCS: usize = 32;
 /// A steady replay whose pending pages never came nearer to the threshold than so many of their standard deviations,
 /// and than this share of it, would not end otherwise.
 const HOPELESS: (f64, f64) = (6.0, 0.03);
+/// A replay that has not ended after so many turns (hours of QEMU's time) or syncs goes on as it did: the work is bounded, also
+/// where no budget bounds the migration.
+const MOST_TURNS: u32 = 200_000;
+const MOST_SYNCS: u64 = 5_000;
 /// From the decision to switch over until the guest stands still, ms.
 const STOP_MS: f64 = 0.3;
 
@@ -305,7 +309,9 @@ pub fn replay(pattern: &Pattern, writes: Realisation<'_>, settings: &Settings) -
     let mut threshold = 0.0;
     let mut progress = Progress::default();
     let steady_after = 2.0 * pattern.cycle_ms() + host.setup_ms;
-    while sender.now < settings.deadline_ms {
+    let mut turns = 0_u32;
+    while sender.now < settings.deadline_ms && turns < MOST_TURNS && ram.syncs < MOST_SYNCS {
+        turns += 1;
         if sender.sent < sender.quota {
             if ram.pending * 4096.0 < threshold {
                 ram.sync(sender.now);

@@ -7,6 +7,11 @@ use serde::{Deserialize, Serialize};
 /// The page of the guest and of QEMU's migration stream, in bytes.
 pub const PAGE: u64 = 4096;
 
+/// Below this a bandwidth is a slip of the pen: 64 KiB/s.
+pub const SLOWEST: BytesPerSecond = BytesPerSecond(64 << 10);
+/// Above this no line exists: 8 Tbit/s.
+pub const FASTEST: BytesPerSecond = BytesPerSecond(1 << 40);
+
 /// A number of bytes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]

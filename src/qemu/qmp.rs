@@ -62,6 +62,11 @@ pub struct Event {
     pub data: Value,
 }
 
+/// QEMU's words as they may stand in a log, a status or a terminal: short, and without control characters.
+pub(super) fn plain(words: &str) -> String {
+    words.chars().take(400).map(|c| if c.is_control() { ' ' } else { c }).collect()
+}
+
 /// Why QEMU did not answer.
 #[derive(Debug, thiserror::Error)]
 pub enum QmpError {
@@ -261,8 +266,8 @@ impl Qmp {
                 Message::Reply { id, result } if id == Some(self.last_id) || (id.is_none() && result.is_err()) => {
                     return result.map_err(|(class, description)| QmpError::Refused {
                         command: command.to_owned(),
-                        class,
-                        description,
+                        class: plain(&class),
+                        description: plain(&description),
                     });
                 }
                 Message::Reply { id, .. } => self.check_stale(id, command)?,

@@ -7,6 +7,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::{
+    qmp::plain,
     qmp::{Qmp, QmpError},
     vm::VmError,
 };
@@ -45,6 +46,11 @@ pub struct GuestRam {
     pub plugged: Bytes,
 }
 
+/// More blocks than any VM has.
+const MOST_BLOCKS: usize = 4096;
+/// More memory than any VM has: 128 TiB.
+const MOST_RAM: u64 = 1 << 47;
+
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 struct Summary {
@@ -76,7 +82,7 @@ struct DeviceData {
 /// How much memory the guest has now.
 pub async fn guest_ram_bytes(qmp: &mut Qmp) -> Result<Bytes, QmpError> {
     let summary = summary(qmp).await?;
-    Ok(Bytes(summary.base_memory.saturating_add(summary.plugged_memory)))
+    Ok(Bytes(summary.base_memory.saturating_add(summary.plugged_memory).min(MOST_RAM)))
 }
 
 async fn summary(qmp: &mut Qmp) -> Result<Summary, QmpError> {
@@ -98,8 +104,8 @@ pub async fn guest_ram(qmp: &mut Qmp) -> Result<GuestRam, VmError> {
     select(blocks, &summary, &backends, &devices).map_err(unclear)
 }
 
-fn unclear(reason: String) -> VmError {
-    VmError::RamUnclear { reason }
+fn unclear(reason: impl AsRef<str>) -> VmError {
+    VmError::RamUnclear { reason: plain(reason.as_ref()) }
 }
 
 /// A backend's block bears its id, alone or behind the path of the device that maps it.
@@ -108,6 +114,13 @@ fn belongs(block: &RamBlock, id: &str) -> bool {
 }
 
 fn select(blocks: Vec<RamBlock>, summary: &Summary, backends: &[Backend], devices: &[Device]) -> Result<GuestRam, String> {
+    // Every backend is held against every block: a QEMU that names hundreds of thousands means harm.
+    if blocks.len().max(backends.len()).max(devices.len()) > MOST_BLOCKS {
+        return Err(format!("it names more than {MOST_BLOCKS} RAM blocks, backends or devices"));
+    }
+    if summary.base_memory.saturating_add(summary.plugged_memory) > MOST_RAM {
+        return Err("it claims more than 128 TiB".to_owned());
+    }
     let mapped: Vec<&str> = devices
         .iter()
         .filter(|device| matches!(device.kind.as_str(), "dimm" | "virtio-mem"))
