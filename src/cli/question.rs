@@ -157,7 +157,7 @@ mod tests {
             bandwidth("-1").unwrap_err().contains("not be negative") || bandwidth("-1").unwrap_err().contains("not negative")
         );
         assert!(downtime("0").unwrap_err().contains("300ms"));
-        assert!(downtime("-1s").unwrap_err().contains("negative"));
+        assert!(downtime("-1s").unwrap_err().contains("write 300ms"));
         assert!(downtime("300").unwrap_err().contains("write 300ms"));
         assert!(line_rate("0").unwrap_err().contains("leave the option out"));
     }

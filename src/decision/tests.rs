@@ -181,14 +181,24 @@ fn an_answer_that_does_not_count_is_unknown() {
 }
 
 #[test]
+fn more_time_is_advised_only_where_it_would_help() {
+    let says = |iterations| {
+        let failing = Forecast { iterations, ..model(Verdict::Fails, 0.0) };
+        let (object, present) = (object(spec(), &failing, MINUTE), spec());
+        decide(&input(&object, &present, Mode::Enforce)).message.contains("completionTimeoutPerGiB")
+    };
+    assert!(says(1), "a guest that is too large for its budget");
+    assert!(!says(15), "a guest that dirties faster than the bandwidth carries");
+}
+
+#[test]
 fn a_denial_says_what_would_happen_what_it_needs_and_the_ways_out() {
     let (object, present) = (object(spec(), &model(Verdict::Fails, 0.0), MINUTE), spec());
     assert_eq!(
         decide(&input(&object, &present, Mode::Enforce)).message,
         "migvisor forecasts that the live migration of default/wild would fail: at 100 MiB/s it would still be copying when its time budget of \
          5 min is over, having sent 29.0 GiB for 1.0 GiB of memory, because the guest dirties memory faster than that carries it. KubeVirt would \
-         then abort it. It needs at least 180 MiB/s. Ways out: raise bandwidthPerMigration to at least 180Mi; allow it more time (a larger \
-         completionTimeoutPerGiB); allow post-copy or the throttling of the guest (allowPostCopy, allowAutoConverge); migrate when the guest writes \
+         then abort it. It needs at least 180 MiB/s. Ways out: raise bandwidthPerMigration to at least 180Mi; allow post-copy or the throttling of the guest (allowPostCopy, allowAutoConverge); migrate when the guest writes \
          less; let it through all the same: kubectl patch predictionpolicy strict --type=merge -p '{\"spec\":{\"mode\":\"Warn\"}}', or delete the \
          policy."
     );

@@ -106,7 +106,8 @@ fn a_prediction_policy_says_what_is_wanted_and_what_can_be_counted_on() {
         ("32Mi", "32Mi", BandwidthSource::PredictionPolicy),
         ("640Mi", "64Mi", BandwidthSource::MigrationConfiguration),
         ("0", "64Mi", BandwidthSource::MigrationConfiguration),
-        ("?", "64Mi", BandwidthSource::MigrationConfiguration),
+        // Asked as it stands, so that the answer says what is wrong with it.
+        ("?", "?", BandwidthSource::PredictionPolicy),
     ] {
         let spec = ask(&vmi(&json!({})), &capped, Some(&policy(bandwidth)));
         assert_eq!(
