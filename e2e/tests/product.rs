@@ -148,7 +148,6 @@ async fn wild_is_refused(world: &World) -> Result<()> {
         "time budget of 5 s",
         "It needs at least ",
         "Ways out: raise bandwidthPerMigration to at least ",
-        "completionTimeoutPerGiB",
         "allowPostCopy",
         r#"kubectl patch predictionpolicy house --type=merge -p '{"spec":{"mode":"Warn"}}'"#,
     ] {
