@@ -166,7 +166,7 @@ pub struct Forecast {
     pub least_convergent_bandwidth: Option<u64>,
     /// `C = a·T_sum + b·T_downtime + c·P`; `None` where it fails.
     pub cost: Option<f64>,
-    /// Low and high ends between which the real value is expected (5 % to 95 %).
+    /// Low and high ends between which the real value is expected.
     pub bounds: Bounds,
     /// The paper's working-set pattern: distinct pages written within so many ms; `None` after a dry run.
     pub pattern: Option<Vec<PatternPoint>>,
@@ -178,7 +178,7 @@ pub struct Forecast {
     pub baselines: Vec<Baseline>,
 }
 
-/// Low and high ends of each figure, over the replays that converged (over all of them where none did).
+/// Low and high ends of each figure over the replays of the more likely kind: 5 % to 95 %, all of them where an unknown phase decides.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Bounds {

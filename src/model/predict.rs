@@ -61,7 +61,9 @@ pub fn forecast(pattern: &Pattern, question: &Question) -> Forecast {
     let sla_exceeded = gets_through && exceeds(question, total_ms, downtime_ms);
     let lcb = lcb(pattern, &curve, &under);
     let low_confidence = gets_through && curve.pages(under.deadline_ms) > 0.0 && total_ms > pattern.observed_ms();
-    let counts = |values: &[f64]| (whole(quantile(values, 0.05)), whole(quantile(values, 0.95)));
+    // Chance has tails that are cut off; a phase that nobody knows has none: each is as likely as the next.
+    let tail = if pattern.cycle_ms() > 0.0 { 0.0 } else { 0.05 };
+    let counts = |values: &[f64]| (whole(quantile(values, tail)), whole(quantile(values, 1.0 - tail)));
     Forecast {
         verdict: verdict(probability, sla_exceeded),
         sla_exceeded,
@@ -77,8 +79,8 @@ pub fn forecast(pattern: &Pattern, question: &Question) -> Forecast {
         least_convergent_bandwidth: lcb.map(|rate| rate.0),
         cost: downtime_ms.map(|downtime_ms| cost(question, pattern, total_ms, downtime_ms, quantile(&pages, 0.5))),
         bounds: Bounds {
-            total_ms: widened(&totals, LOST_WINDOW_MS),
-            downtime_ms: gets_through.then(|| widened(&downtimes, HOST_MS)),
+            total_ms: widened(&totals, tail, LOST_WINDOW_MS),
+            downtime_ms: gets_through.then(|| widened(&downtimes, tail, HOST_MS)),
             dirtied_pages: counts(&pages),
             iterations: counts(&syncs),
         },
@@ -206,9 +208,9 @@ fn one(pattern: &Pattern, settings: &Settings, run: u32) -> Outcome {
     replay(pattern, pattern.realise(phase, u64::from(run)), settings)
 }
 
-/// 5 % to 95 % of the replays, and what the host adds.
-fn widened(sorted: &[f64], late_ms: f64) -> (f64, f64) {
-    let (low, high) = (quantile(sorted, 0.05), quantile(sorted, 0.95));
+/// The replays without their tails, and what the host adds.
+fn widened(sorted: &[f64], tail: f64, late_ms: f64) -> (f64, f64) {
+    let (low, high) = (quantile(sorted, tail), quantile(sorted, 1.0 - tail));
     ((low * (1.0 - HOST_SHARE) - HOST_MS).max(0.0), high * (1.0 + HOST_SHARE) + late_ms)
 }
 
