@@ -185,7 +185,6 @@ async fn a_doomed_migration_is_refused_with_the_ways_out() {
         "40 s",
         "at least 180 MiB/s",
         "bandwidthPerMigration to at least 180Mi",
-        "completionTimeoutPerGiB",
         "allowPostCopy",
         "predictionpolicy strict",
     ] {
