@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use migvisor::qemu::{migration, qmp::Qmp};
+use migvisor::qemu::{migration, monitor::Monitor};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::time::{Instant, sleep};
@@ -70,7 +70,7 @@ impl VmSpec {
 #[derive(Debug)]
 pub struct Vm {
     process: Qemu,
-    lab: Qmp,
+    lab: Monitor,
     qmp: PathBuf,
     spec: VmSpec,
     // Last: the sockets go after the process.
@@ -154,7 +154,7 @@ impl Vm {
     }
 
     /// The laboratory's connection to its own QMP socket.
-    pub fn lab(&mut self) -> &mut Qmp {
+    pub fn lab(&mut self) -> &mut Monitor {
         &mut self.lab
     }
 
@@ -208,11 +208,12 @@ impl Vm {
     }
 }
 
-async fn connect(socket: &Path, process: &mut Qemu) -> Result<Qmp> {
+async fn connect(socket: &Path, process: &mut Qemu) -> Result<Monitor> {
+    let address = socket.to_owned().into();
     let deadline = Instant::now() + PATIENCE;
     loop {
-        match Qmp::connect(socket, PATIENCE).await {
-            Ok(qmp) => return Ok(qmp),
+        match Monitor::connect(&address, PATIENCE).await {
+            Ok(monitor) => return Ok(monitor),
             Err(error) if Instant::now() >= deadline => return Err(error).context("QEMU did not open its monitor"),
             Err(_) if !process.is_alive() => bail!("QEMU ended at once"),
             Err(_) => sleep(Duration::from_millis(10)).await,

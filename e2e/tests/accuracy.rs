@@ -62,7 +62,7 @@ impl Under {
 }
 
 async fn look(vm: &Vm) -> Pattern {
-    let target = Target { qmp: vm.qmp().to_owned(), pid: None };
+    let target = Target { monitor: vm.qmp().to_owned().into(), pid: None };
     observe(&target, &LookOptions::default(), |_| ()).await.unwrap().pattern().unwrap()
 }
 
@@ -198,7 +198,7 @@ async fn the_sampler_meets_the_closed_form() {
     let _alone = ALONE.lock().await;
     let guest = GuestSpec::uniform(16_384, 40);
     let vm = Vm::start(VmSpec::new(guest)).await.unwrap();
-    let target = Target { qmp: vm.qmp().to_owned(), pid: None };
+    let target = Target { monitor: vm.qmp().to_owned().into(), pid: None };
     let seen = observe(&target, &LookOptions::default(), |_| ()).await.unwrap();
     let Seen::Trace(trace) = &seen.seen else { unreachable!("root may read memory") };
     let pattern = seen.pattern().unwrap();

@@ -6,7 +6,8 @@ use std::time::Duration;
 use migvisor::qemu::{
     dirty_rate::{DirtyRateMode, calc_dirty_rate, calc_dirty_rate_within},
     migration::{self, MigrationStatus},
-    qmp::{Qmp, QmpError, Version},
+    monitor::Monitor,
+    qmp::{QmpError, Version},
     ram::{guest_ram, guest_ram_bytes, ram_blocks},
     vm::{VmError, ensure_measurable},
 };
@@ -16,8 +17,8 @@ use serde_json::{Value, json};
 const SHORT: Duration = Duration::from_secs(5);
 const BITMAP: DirtyRateMode = DirtyRateMode::DirtyBitmap;
 
-async fn product(vm: &Vm) -> Qmp {
-    Qmp::connect(vm.qmp(), SHORT).await.unwrap()
+async fn product(vm: &Vm) -> Monitor {
+    Monitor::connect(&vm.qmp().to_owned().into(), SHORT).await.unwrap()
 }
 
 #[tokio::test]
@@ -31,10 +32,10 @@ async fn connects_and_tells_who_is_there() {
     assert!(ensure_measurable(&mut qmp).await.unwrap().running);
 
     // One client a socket: the second one waits for a greeting that does not come.
-    let busy = Qmp::connect(vm.qmp(), Duration::from_millis(300)).await.unwrap_err();
+    let busy = Monitor::connect(&vm.qmp().to_owned().into(), Duration::from_millis(300)).await.unwrap_err();
     assert!(matches!(busy, QmpError::Busy { .. }), "{busy:?}");
     drop(qmp);
-    Qmp::connect(vm.qmp(), SHORT).await.unwrap();
+    Monitor::connect(&vm.qmp().to_owned().into(), SHORT).await.unwrap();
 }
 
 #[tokio::test]
@@ -83,7 +84,7 @@ async fn waits_for_another_measurement_and_does_not_take_it_for_its_own() {
     assert!(matches!(busy, VmError::MeasurementBusy { .. }), "{busy:?}");
 }
 
-async fn begin_measurement(qmp: &mut Qmp, ms: u64) {
+async fn begin_measurement(qmp: &mut Monitor, ms: u64) {
     let arguments = json!({"calc-time": ms, "calc-time-unit": "millisecond", "mode": "page-sampling"});
     qmp.execute::<Value>("calc-dirty-rate", arguments).await.unwrap();
 }
@@ -110,7 +111,7 @@ async fn a_vm_that_dies_in_mid_measurement() {
     let (result, ()) = tokio::join!(tokio::time::timeout(Duration::from_secs(3), measuring), killed);
     let error = result.unwrap().unwrap_err();
     assert!(matches!(error, VmError::Qmp(QmpError::Closed { .. })), "{error:?}");
-    let gone = Qmp::connect(vm.qmp(), SHORT).await.unwrap_err();
+    let gone = Monitor::connect(&vm.qmp().to_owned().into(), SHORT).await.unwrap_err();
     assert!(matches!(gone, QmpError::Connect { .. }), "{gone:?}");
 }
 

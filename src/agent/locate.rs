@@ -65,7 +65,7 @@ impl Locate for SocketDirectory {
         }
         let path = self.0.join(format!("{pod_uid}.sock"));
         match std::fs::symlink_metadata(&path) {
-            Ok(found) if found.file_type().is_socket() => Ok(Target { qmp: path, pid: None }),
+            Ok(found) if found.file_type().is_socket() => Ok(Target { monitor: path.into(), pid: None }),
             Ok(_) => Err(LocateError::NotASocket { path }),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Err(LocateError::NoSocket { path }),
             Err(source) => Err(LocateError::Io { path, source }),
@@ -97,6 +97,6 @@ mod tests {
         assert!(matches!(here.locate(UID), Err(LocateError::NotASocket { .. })));
         std::fs::remove_file(dir.join(format!("{UID}.sock"))).unwrap();
         let _socket = UnixListener::bind(dir.join(format!("{UID}.sock"))).unwrap();
-        assert_eq!(here.locate(UID).unwrap().qmp, dir.join(format!("{UID}.sock")));
+        assert_eq!(here.locate(UID).unwrap().monitor, dir.join(format!("{UID}.sock")).into());
     }
 }

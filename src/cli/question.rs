@@ -98,7 +98,7 @@ pub(super) struct LookArgs {
 
 impl LookArgs {
     pub(super) fn target(&self) -> Target {
-        Target { qmp: self.qmp.clone(), pid: self.pid }
+        Target { monitor: self.qmp.clone().into(), pid: self.pid }
     }
 
     pub(super) fn options(&self) -> anyhow::Result<LookOptions> {

@@ -1,9 +1,9 @@
 //! Watches a running guest's memory and describes who writes which page when.
 //!
-//! In: a QMP socket and, where it may be read, the QEMU process. Out: an [`Observation`], and from it a
+//! In: a monitor and, where it may be read, the QEMU process. Out: an [`Observation`], and from it a
 //! [`Pattern`]. Knows hypervisors, not Kubernetes.
 
-use std::{path::PathBuf, time::Duration};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -13,7 +13,8 @@ use crate::{
         units::{Bytes, PAGE},
     },
     qemu::{
-        qmp::{Qmp, QmpError},
+        monitor::{Address, Monitor},
+        qmp::QmpError,
         vm::{VmError, ensure_measurable},
     },
 };
@@ -38,9 +39,9 @@ const CONNECT: Duration = Duration::from_secs(5);
 /// Which VM to look at.
 #[derive(Debug, Clone)]
 pub struct Target {
-    /// QEMU's QMP socket.
-    pub qmp: PathBuf,
-    /// QEMU's process; `None` asks the socket's peer credentials.
+    /// QEMU's monitor.
+    pub monitor: Address,
+    /// QEMU's process; `None` asks the monitor.
     pub pid: Option<i32>,
 }
 
@@ -164,12 +165,12 @@ pub async fn observe(
     options: &LookOptions,
     progress: impl Fn(Progress) + Send + Sync,
 ) -> Result<Observation, CollectError> {
-    let mut qmp = Qmp::connect(&target.qmp, CONNECT).await?;
-    let before = ensure_measurable(&mut qmp).await?;
-    let pid = target.pid.or_else(|| qmp.peer_pid());
-    let mut source = Chosen::new(&mut qmp, options.source, pid).await?;
-    let seen = source.look(&mut qmp, options, &progress).await?;
-    let after = ensure_measurable(&mut qmp).await?;
+    let mut monitor = Monitor::connect(&target.monitor, CONNECT).await?;
+    let before = ensure_measurable(&mut monitor).await?;
+    let pid = target.pid.or_else(|| monitor.peer_pid());
+    let mut source = Chosen::new(&mut monitor, options.source, pid).await?;
+    let seen = source.look(&mut monitor, options, &progress).await?;
+    let after = ensure_measurable(&mut monitor).await?;
     let total_pages = match &seen {
         Seen::Trace(trace) => trace.total_pages,
         Seen::Windows(windows) => windows.total_pages,

@@ -21,7 +21,7 @@ use crate::{
     model::units::PAGE,
     qemu::{
         dirty_rate::DirtyRateMode,
-        qmp::Qmp,
+        monitor::Monitor,
         ram::{guest_ram, guest_ram_bytes},
         vm::{ensure_measurable, kvm_enabled},
     },
@@ -37,7 +37,7 @@ pub trait Source {
     /// Looks for as long as the options say.
     fn look(
         &mut self,
-        qmp: &mut Qmp,
+        monitor: &mut Monitor,
         options: &LookOptions,
         progress: &(dyn Fn(Progress) + Sync),
     ) -> impl Future<Output = Result<Seen, CollectError>> + Send;
@@ -71,21 +71,21 @@ pub enum Chosen {
 impl Chosen {
     /// What the options name; automatically the sampler where memory can be read, else KVM's dirty log, else QEMU's page
     /// sampling (under TCG the dirty log shows nothing).
-    pub async fn new(qmp: &mut Qmp, kind: SourceKind, pid: Option<i32>) -> Result<Self, CollectError> {
+    pub async fn new(monitor: &mut Monitor, kind: SourceKind, pid: Option<i32>) -> Result<Self, CollectError> {
         let dirty_rate = |mode| Self::DirtyRate(DirtyRateSource { mode, pid });
         match kind {
             SourceKind::Sampler => pid.map(|pid| Self::Sampler(PageSampler { pid })).ok_or(CollectError::NoProcess),
-            SourceKind::DirtyBitmap if kvm_enabled(qmp).await? => Ok(dirty_rate(DirtyRateMode::DirtyBitmap)),
+            SourceKind::DirtyBitmap if kvm_enabled(monitor).await? => Ok(dirty_rate(DirtyRateMode::DirtyBitmap)),
             SourceKind::DirtyBitmap => Err(CollectError::NoDirtyLog),
             SourceKind::PageSampling => Ok(dirty_rate(DirtyRateMode::PageSampling { sample_pages: SAMPLES_PER_GIB })),
             SourceKind::Auto => {
                 if let Some(pid) = pid
-                    && let Ok(ram) = guest_ram(qmp).await
+                    && let Ok(ram) = guest_ram(monitor).await
                     && GuestMemory::new(pid, &ram.blocks).touched().is_ok()
                 {
                     return Ok(Self::Sampler(PageSampler { pid }));
                 }
-                if kvm_enabled(qmp).await? {
+                if kvm_enabled(monitor).await? {
                     return Ok(dirty_rate(DirtyRateMode::DirtyBitmap));
                 }
                 Ok(dirty_rate(DirtyRateMode::PageSampling { sample_pages: SAMPLES_PER_GIB }))
@@ -97,13 +97,13 @@ impl Chosen {
 impl Source for Chosen {
     async fn look(
         &mut self,
-        qmp: &mut Qmp,
+        monitor: &mut Monitor,
         options: &LookOptions,
         progress: &(dyn Fn(Progress) + Sync),
     ) -> Result<Seen, CollectError> {
         match self {
-            Self::Sampler(source) => source.look(qmp, options, progress).await,
-            Self::DirtyRate(source) => source.look(qmp, options, progress).await,
+            Self::Sampler(source) => source.look(monitor, options, progress).await,
+            Self::DirtyRate(source) => source.look(monitor, options, progress).await,
         }
     }
 }
@@ -111,11 +111,11 @@ impl Source for Chosen {
 impl Source for PageSampler {
     async fn look(
         &mut self,
-        qmp: &mut Qmp,
+        monitor: &mut Monitor,
         options: &LookOptions,
         progress: &(dyn Fn(Progress) + Sync),
     ) -> Result<Seen, CollectError> {
-        let ram = guest_ram(qmp).await?;
+        let ram = guest_ram(monitor).await?;
         let mut memory = GuestMemory::new(self.pid, &ram.blocks);
         let nobody_waits = StopOnDrop(Arc::default());
         let ended = Arc::clone(&nobody_waits.0);
@@ -134,7 +134,7 @@ impl Source for PageSampler {
                 }
                 () = sleep(WATCH) => {
                     // A migration that starts now must not be measured along: throttling would pass for the guest's calm.
-                    ensure_measurable(qmp).await?;
+                    ensure_measurable(monitor).await?;
                     progress(Progress(f64::from_bits(done.load(Ordering::Relaxed))));
                 }
             }
@@ -145,14 +145,14 @@ impl Source for PageSampler {
 impl Source for DirtyRateSource {
     async fn look(
         &mut self,
-        qmp: &mut Qmp,
+        monitor: &mut Monitor,
         options: &LookOptions,
         progress: &(dyn Fn(Progress) + Sync),
     ) -> Result<Seen, CollectError> {
-        let total_pages = guest_ram_bytes(qmp).await?.pages();
-        let points = measure(qmp, self.mode, options.duration, |share| progress(Progress(share))).await?;
+        let total_pages = guest_ram_bytes(monitor).await?.pages();
+        let points = measure(monitor, self.mode, options.duration, |share| progress(Progress(share))).await?;
         let resident_pages = match self.pid {
-            Some(pid) => resident_pages(qmp, pid).await.unwrap_or(total_pages),
+            Some(pid) => resident_pages(monitor, pid).await.unwrap_or(total_pages),
             None => total_pages,
         };
         Ok(Seen::Windows(Windows { total_pages, resident_pages, points }))
@@ -160,8 +160,8 @@ impl Source for DirtyRateSource {
 }
 
 /// Guest pages that the kernel holds in memory: counted where that is allowed, else all of QEMU's own.
-async fn resident_pages(qmp: &mut Qmp, pid: i32) -> Option<u64> {
-    let ram = guest_ram(qmp).await.ok()?;
+async fn resident_pages(monitor: &mut Monitor, pid: i32) -> Option<u64> {
+    let ram = guest_ram(monitor).await.ok()?;
     if let Ok(touched) = GuestMemory::new(pid, &ram.blocks).touched() {
         return Some(touched.present.iter().chain(&touched.swapped).map(|run| run.1).sum());
     }

@@ -9,7 +9,7 @@ use crate::{
     model::pattern::{Pattern, PatternError, Sample, Traces, Writer},
     qemu::{
         dirty_rate::{DirtyRateMode, calc_dirty_rate},
-        qmp::Qmp,
+        monitor::Monitor,
         vm::VmError,
     },
 };
@@ -32,7 +32,7 @@ pub struct Windows {
 
 /// Measures window after window for about `duration`, the short ones more often than once.
 pub async fn measure(
-    qmp: &mut Qmp,
+    monitor: &mut Monitor,
     mode: DirtyRateMode,
     duration: Duration,
     mut progress: impl FnMut(f64),
@@ -46,7 +46,7 @@ pub async fn measure(
         let (mut pages, mut measured_ms) = (0.0, 0.0);
         let mut count = 0.0;
         while count < rounds {
-            let rate = calc_dirty_rate(qmp, Duration::from_millis(ms), mode).await?;
+            let rate = calc_dirty_rate(monitor, Duration::from_millis(ms), mode).await?;
             pages += rate.pages() as f64;
             measured_ms += rate.window.as_secs_f64() * 1000.0;
             count += 1.0;

@@ -7,10 +7,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::time::{Instant, sleep, sleep_until};
 
-use super::{
-    qmp::{Qmp, QmpError},
-    vm::VmError,
-};
+use super::{monitor::Monitor, qmp::QmpError, vm::VmError};
 use crate::model::units::Bytes;
 
 /// The shortest window that QEMU takes.
@@ -87,13 +84,13 @@ enum Stage {
 }
 
 /// Measures one window; waits up to [`PATIENCE`] for a measurement of somebody else to end.
-pub async fn calc_dirty_rate(qmp: &mut Qmp, window: Duration, mode: DirtyRateMode) -> Result<DirtyRate, VmError> {
-    calc_dirty_rate_within(qmp, window, mode, PATIENCE).await
+pub async fn calc_dirty_rate(monitor: &mut Monitor, window: Duration, mode: DirtyRateMode) -> Result<DirtyRate, VmError> {
+    calc_dirty_rate_within(monitor, window, mode, PATIENCE).await
 }
 
 /// As [`calc_dirty_rate`], with a patience of one's own.
 pub async fn calc_dirty_rate_within(
-    qmp: &mut Qmp,
+    monitor: &mut Monitor,
     window: Duration,
     mode: DirtyRateMode,
     patience: Duration,
@@ -105,8 +102,8 @@ pub async fn calc_dirty_rate_within(
     let mut waited = Duration::ZERO;
     loop {
         let asked = Instant::now();
-        if begin(qmp, window, mode).await?
-            && let Some(rate) = finish(qmp, window, mode).await?
+        if begin(monitor, window, mode).await?
+            && let Some(rate) = finish(monitor, window, mode).await?
         {
             return Ok(rate);
         }
@@ -119,13 +116,13 @@ pub async fn calc_dirty_rate_within(
 }
 
 /// Starts a measurement; `false` where another one is under way.
-async fn begin(qmp: &mut Qmp, window: Duration, mode: DirtyRateMode) -> Result<bool, QmpError> {
+async fn begin(monitor: &mut Monitor, window: Duration, mode: DirtyRateMode) -> Result<bool, QmpError> {
     let milliseconds = u64::try_from(window.as_millis()).unwrap_or(u64::MAX);
     let mut arguments = json!({"calc-time": milliseconds, "calc-time-unit": "millisecond", "mode": mode.name()});
     if let (DirtyRateMode::PageSampling { sample_pages }, Some(map)) = (mode, arguments.as_object_mut()) {
         map.insert("sample-pages".to_owned(), json!(sample_pages));
     }
-    match qmp.execute::<Value>("calc-dirty-rate", arguments).await {
+    match monitor.execute::<Value>("calc-dirty-rate", arguments).await {
         Ok(_) => Ok(true),
         Err(QmpError::Refused { description, .. }) if description.contains("already being measured") => Ok(false),
         Err(error) => Err(error),
@@ -133,8 +130,8 @@ async fn begin(qmp: &mut Qmp, window: Duration, mode: DirtyRateMode) -> Result<b
 }
 
 /// Waits for the result; `None` where it is not the one that was started.
-async fn finish(qmp: &mut Qmp, window: Duration, mode: DirtyRateMode) -> Result<Option<DirtyRate>, VmError> {
-    let started = query(qmp).await?;
+async fn finish(monitor: &mut Monitor, window: Duration, mode: DirtyRateMode) -> Result<Option<DirtyRate>, VmError> {
+    let started = query(monitor).await?;
     if !is_ours(&started, window, mode) {
         return Ok(None);
     }
@@ -144,7 +141,7 @@ async fn finish(qmp: &mut Qmp, window: Duration, mode: DirtyRateMode) -> Result<
     loop {
         // In a long window look now and then: a VM that ended is noticed soon.
         sleep_until(over.min(Instant::now() + LOOK)).await;
-        let info = query(qmp).await?;
+        let info = query(monitor).await?;
         if !is_ours(&info, window, mode) || !began_together(&started, &info) {
             return Ok(None);
         }
@@ -160,8 +157,8 @@ async fn finish(qmp: &mut Qmp, window: Duration, mode: DirtyRateMode) -> Result<
     }
 }
 
-async fn query(qmp: &mut Qmp) -> Result<Info, QmpError> {
-    qmp.execute("query-dirty-rate", json!({"calc-time-unit": "millisecond"})).await
+async fn query(monitor: &mut Monitor) -> Result<Info, QmpError> {
+    monitor.execute("query-dirty-rate", json!({"calc-time-unit": "millisecond"})).await
 }
 
 /// The returned window is what QEMU really waited: at least what was asked for, and more on a busy host.

@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::qmp::{Qmp, QmpError};
+use super::{monitor::Monitor, qmp::QmpError};
 use crate::model::units::{Bandwidth, Bytes, BytesPerSecond};
 
 /// What is set where no cap is wanted. QEMU takes 0 for "no limit" since 3.0 only in parts; this is beyond any line.
@@ -153,39 +153,39 @@ pub struct Parameters {
 }
 
 /// The truth about the present or last migration.
-pub async fn query(qmp: &mut Qmp) -> Result<MigrationInfo, QmpError> {
-    qmp.execute("query-migrate", Value::Null).await
+pub async fn query(monitor: &mut Monitor) -> Result<MigrationInfo, QmpError> {
+    monitor.execute("query-migrate", Value::Null).await
 }
 
 /// What is set now.
-pub async fn parameters(qmp: &mut Qmp) -> Result<Parameters, QmpError> {
-    qmp.execute("query-migrate-parameters", Value::Null).await
+pub async fn parameters(monitor: &mut Monitor) -> Result<Parameters, QmpError> {
+    monitor.execute("query-migrate-parameters", Value::Null).await
 }
 
 /// Sets the limits; works during a migration too.
-pub async fn set_limits(qmp: &mut Qmp, limits: &Limits) -> Result<(), QmpError> {
-    done(qmp.execute("migrate-set-parameters", json!(limits)).await)
+pub async fn set_limits(monitor: &mut Monitor, limits: &Limits) -> Result<(), QmpError> {
+    done(monitor.execute("migrate-set-parameters", json!(limits)).await)
 }
 
 /// Switches capabilities (`events`, `multifd`, …) on or off.
-pub async fn set_capabilities(qmp: &mut Qmp, capabilities: &[(&str, bool)]) -> Result<(), QmpError> {
+pub async fn set_capabilities(monitor: &mut Monitor, capabilities: &[(&str, bool)]) -> Result<(), QmpError> {
     let list: Vec<Value> = capabilities.iter().map(|(name, on)| json!({"capability": name, "state": on})).collect();
-    done(qmp.execute("migrate-set-capabilities", json!({ "capabilities": list })).await)
+    done(monitor.execute("migrate-set-capabilities", json!({ "capabilities": list })).await)
 }
 
 /// Starts a migration to `uri` (`unix:/path`, `tcp:host:port`).
-pub async fn start(qmp: &mut Qmp, uri: &str) -> Result<(), QmpError> {
-    done(qmp.execute("migrate", json!({ "uri": uri })).await)
+pub async fn start(monitor: &mut Monitor, uri: &str) -> Result<(), QmpError> {
+    done(monitor.execute("migrate", json!({ "uri": uri })).await)
 }
 
 /// On a VM started with `-incoming defer`: listens at `uri`.
-pub async fn listen(qmp: &mut Qmp, uri: &str) -> Result<(), QmpError> {
-    done(qmp.execute("migrate-incoming", json!({ "uri": uri })).await)
+pub async fn listen(monitor: &mut Monitor, uri: &str) -> Result<(), QmpError> {
+    done(monitor.execute("migrate-incoming", json!({ "uri": uri })).await)
 }
 
 /// Gives the present migration up; the guest runs on. Done when the status says `cancelled`.
-pub async fn cancel(qmp: &mut Qmp) -> Result<(), QmpError> {
-    done(qmp.execute("migrate_cancel", Value::Null).await)
+pub async fn cancel(monitor: &mut Monitor) -> Result<(), QmpError> {
+    done(monitor.execute("migrate_cancel", Value::Null).await)
 }
 
 /// An answer whose content does not matter.

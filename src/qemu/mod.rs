@@ -1,8 +1,9 @@
-//! Everything that touches a hypervisor: in comes the path of a QMP socket, out go typed answers about one VM.
+//! Everything that touches a hypervisor: in comes the address of a monitor, out go typed answers about one VM.
 //!
 //! | module | what it answers |
 //! |---|---|
 //! | [`qmp`] | the wire: connect, ask, time out, keep events apart from replies |
+//! | [`monitor`] | the same, whatever lies between us and QEMU |
 //! | [`vm`] | in which state the VM is, and whether it may be measured |
 //! | [`ram`] | where in the QEMU process the guest's memory lies |
 //! | [`dirty_rate`] | how much the guest writes within a window, as QEMU itself measures it |
@@ -13,6 +14,7 @@
 pub mod dirty_rate;
 mod lines;
 pub mod migration;
+pub mod monitor;
 pub mod qmp;
 pub mod ram;
 pub mod vm;

@@ -6,11 +6,7 @@ use std::ops::Range;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::{
-    qmp::plain,
-    qmp::{Qmp, QmpError},
-    vm::VmError,
-};
+use super::{monitor::Monitor, qmp::QmpError, qmp::plain, vm::VmError};
 use crate::model::units::Bytes;
 
 /// One of QEMU's RAM blocks.
@@ -80,27 +76,27 @@ struct DeviceData {
 }
 
 /// How much memory the guest has now.
-pub async fn guest_ram_bytes(qmp: &mut Qmp) -> Result<Bytes, QmpError> {
-    let summary = summary(qmp).await?;
+pub async fn guest_ram_bytes(monitor: &mut Monitor) -> Result<Bytes, QmpError> {
+    let summary = summary(monitor).await?;
     Ok(Bytes(summary.base_memory.saturating_add(summary.plugged_memory).min(MOST_RAM)))
 }
 
-async fn summary(qmp: &mut Qmp) -> Result<Summary, QmpError> {
-    qmp.execute("query-memory-size-summary", Value::Null).await
+async fn summary(monitor: &mut Monitor) -> Result<Summary, QmpError> {
+    monitor.execute("query-memory-size-summary", Value::Null).await
 }
 
 /// All of QEMU's RAM blocks: the guest's RAM, ROMs, video memory.
-pub async fn ram_blocks(qmp: &mut Qmp) -> Result<Vec<RamBlock>, VmError> {
-    let text: String = qmp.execute("human-monitor-command", json!({"command-line": "info ramblock"})).await?;
+pub async fn ram_blocks(monitor: &mut Monitor) -> Result<Vec<RamBlock>, VmError> {
+    let text: String = monitor.execute("human-monitor-command", json!({"command-line": "info ramblock"})).await?;
     parse_info_ramblock(&text).map_err(unclear)
 }
 
 /// The guest's RAM alone; an error where names and sizes do not account for every byte of it.
-pub async fn guest_ram(qmp: &mut Qmp) -> Result<GuestRam, VmError> {
-    let summary = summary(qmp).await?;
-    let backends: Vec<Backend> = qmp.execute("query-memdev", Value::Null).await?;
-    let devices: Vec<Device> = qmp.execute("query-memory-devices", Value::Null).await?;
-    let blocks = ram_blocks(qmp).await?;
+pub async fn guest_ram(monitor: &mut Monitor) -> Result<GuestRam, VmError> {
+    let summary = summary(monitor).await?;
+    let backends: Vec<Backend> = monitor.execute("query-memdev", Value::Null).await?;
+    let devices: Vec<Device> = monitor.execute("query-memory-devices", Value::Null).await?;
+    let blocks = ram_blocks(monitor).await?;
     select(blocks, &summary, &backends, &devices).map_err(unclear)
 }
 

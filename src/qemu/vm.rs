@@ -5,7 +5,8 @@ use serde_json::Value;
 
 use super::{
     migration::{self, MigrationStatus},
-    qmp::{Qmp, QmpError, Version},
+    monitor::Monitor,
+    qmp::{QmpError, Version},
 };
 
 /// From here on `calc-dirty-rate` counts in milliseconds.
@@ -133,25 +134,25 @@ impl Status {
 }
 
 /// In which state is the VM?
-pub async fn status(qmp: &mut Qmp) -> Result<Status, QmpError> {
-    qmp.execute("query-status", Value::Null).await
+pub async fn status(monitor: &mut Monitor) -> Result<Status, QmpError> {
+    monitor.execute("query-status", Value::Null).await
 }
 
 /// Does KVM run it? Under TCG the dirty bitmap counts nothing.
-pub async fn kvm_enabled(qmp: &mut Qmp) -> Result<bool, QmpError> {
+pub async fn kvm_enabled(monitor: &mut Monitor) -> Result<bool, QmpError> {
     #[derive(Deserialize)]
     struct Kvm {
         enabled: bool,
     }
-    Ok(qmp.execute::<Kvm>("query-kvm", Value::Null).await?.enabled)
+    Ok(monitor.execute::<Kvm>("query-kvm", Value::Null).await?.enabled)
 }
 
 /// Whether the VM may be measured now. A paused VM may: look at the status that comes back.
-pub async fn ensure_measurable(qmp: &mut Qmp) -> Result<Status, VmError> {
-    if qmp.version() < OLDEST_QEMU {
-        return Err(VmError::TooOld { found: qmp.version() });
+pub async fn ensure_measurable(monitor: &mut Monitor) -> Result<Status, VmError> {
+    if monitor.version() < OLDEST_QEMU {
+        return Err(VmError::TooOld { found: monitor.version() });
     }
-    let status = status(qmp).await?;
+    let status = status(monitor).await?;
     match status.state {
         RunState::Inmigrate => return Err(VmError::Incoming),
         RunState::Postmigrate | RunState::Shutdown | RunState::InternalError | RunState::GuestPanicked => {
@@ -159,7 +160,7 @@ pub async fn ensure_measurable(qmp: &mut Qmp) -> Result<Status, VmError> {
         }
         _ => {}
     }
-    match migration::query(qmp).await?.status {
+    match migration::query(monitor).await?.status {
         Some(status) if status.is_active() => Err(VmError::Migrating { status }),
         _ => Ok(status),
     }

@@ -1,0 +1,78 @@
+//! The way to one QEMU's monitor, whatever lies in between. In: an address, then commands. Out: typed replies and events.
+//!
+//! Everything above asks a [`Monitor`] and does not know whether a socket of QEMU's own answers or somebody who passes its words on.
+
+use std::{fmt, path::PathBuf, time::Duration};
+
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+use tokio::time::Instant;
+
+use super::qmp::{Event, Qmp, QmpError, Version};
+
+/// Where a monitor is.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Address {
+    /// A QMP socket that nobody else holds.
+    Qmp(PathBuf),
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Qmp(path) => write!(f, "{}", path.display()),
+        }
+    }
+}
+
+impl From<PathBuf> for Address {
+    fn from(path: PathBuf) -> Self {
+        Self::Qmp(path)
+    }
+}
+
+/// An open monitor. Hold it no longer than needed: QEMU serves one client per socket.
+#[derive(Debug)]
+pub struct Monitor(Way);
+
+#[derive(Debug)]
+enum Way {
+    Socket(Box<Qmp>),
+}
+
+impl Monitor {
+    /// Opens it. `timeout` bounds this as a whole, and each command after it.
+    pub async fn connect(address: &Address, timeout: Duration) -> Result<Self, QmpError> {
+        match address {
+            Address::Qmp(path) => Qmp::connect(path, timeout).await.map(|qmp| Self(Way::Socket(Box::new(qmp)))),
+        }
+    }
+
+    /// Asks, and waits for the reply. No arguments: `Value::Null` or `{}`.
+    pub async fn execute<T: DeserializeOwned>(&mut self, command: &str, arguments: Value) -> Result<T, QmpError> {
+        match &mut self.0 {
+            Way::Socket(qmp) => qmp.execute(command, arguments).await,
+        }
+    }
+
+    /// The next event, in the order of their arrival; `None` once the deadline has passed.
+    pub async fn next_event(&mut self, deadline: Instant) -> Result<Option<Event>, QmpError> {
+        match &mut self.0 {
+            Way::Socket(qmp) => qmp.next_event(deadline).await,
+        }
+    }
+
+    /// QEMU's version.
+    pub fn version(&self) -> Version {
+        match &self.0 {
+            Way::Socket(qmp) => qmp.version(),
+        }
+    }
+
+    /// QEMU's process, in our PID namespace; `None` where nobody says.
+    pub fn peer_pid(&self) -> Option<i32> {
+        match &self.0 {
+            Way::Socket(qmp) => qmp.peer_pid(),
+        }
+    }
+}
