@@ -71,6 +71,8 @@ pub struct Truth {
     pub syncs: u64,
     /// On the wire.
     pub transferred: Bytes,
+    /// On the wire while the guest stood.
+    pub downtime_bytes: Bytes,
     /// QEMU's words where it failed.
     pub error: Option<String>,
 }
@@ -160,6 +162,7 @@ fn truth(info: &MigrationInfo, status: Outcome) -> Truth {
         zero_pages: ram.duplicate,
         syncs: ram.dirty_sync_count,
         transferred: ram.transferred,
+        downtime_bytes: ram.downtime_bytes,
         error: info.error_desc.clone(),
     }
 }

@@ -72,7 +72,7 @@ struct Case {
     truths: Vec<Truth>,
     sweep: bool,
     /// Over a line that this machine's own CPUs have to play: where they are busy it is slower than it says, and the forecast,
-    /// which is told the rate, is right about another line. Printed and judged by its verdict; its times are not held.
+    /// which is told the rate, is right about another line. So a single case proves nothing, and all of them are judged together.
     played: bool,
     /// Zero pages go at half the speed here, and why is open: left out of the judgement of times, not of verdicts.
     open: bool,
@@ -175,21 +175,19 @@ async fn forecasts_of_live_guests_meet_their_migrations() {
         let real = case.real(|truth| truth.total_ms);
         assert!((low..=high).contains(&real), "{}: {real} ms lies outside {low:.0} – {high:.0}", case.name);
     }
-    let mut errors: Vec<(f64, &str)> = all
-        .iter()
-        .filter(|case| case.converged() && !case.open && !case.sweep && !case.played)
-        .map(|case| (case.error().abs(), case.name.as_str()))
-        .collect();
-    errors.sort_by(|a, b| a.0.total_cmp(&b.0));
-    let (median, worst) = (errors[errors.len() / 2].0, errors[errors.len() - 1]);
-    println!(
-        "total time, {} cases: median error {:.1} %, worst {:.1} % ({})",
-        errors.len(),
-        median * 100.0,
-        worst.0 * 100.0,
-        worst.1
-    );
-    assert!(median <= 0.03 && worst.0 <= 0.15, "{errors:?}");
+    let (median, worst) = judge("capped", all.iter().filter(|case| !case.open && !case.sweep && !case.played));
+    assert!(median <= 0.03 && worst <= 0.15);
+    let (median, _) = judge("over a line", all.iter().filter(|case| case.played));
+    assert!(median <= 0.10);
+}
+
+/// Median and worst error of the total time of the migrations that converged.
+fn judge<'a>(what: &str, cases: impl Iterator<Item = &'a Case>) -> (f64, f64) {
+    let mut errors: Vec<f64> = cases.filter(|case| case.converged()).map(|case| case.error().abs()).collect();
+    errors.sort_by(f64::total_cmp);
+    let (median, worst) = (errors[errors.len() / 2], errors[errors.len() - 1]);
+    println!("total time {what}, {} cases: median error {:.1} %, worst {:.1} %", errors.len(), median * 100.0, worst * 100.0);
+    (median, worst)
 }
 
 /// The sampler's own estimate of f(t), without any model, against the closed form; and the pattern made of it.
