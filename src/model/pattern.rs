@@ -6,11 +6,12 @@
 
 use rand::{Rng, RngExt, SeedableRng};
 use rand_pcg::Pcg64Mcg;
+use serde::{Deserialize, Serialize};
 
 use super::curve::Curve;
 
 /// One page, or one that stands for many like it.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Sample {
     /// Index of the page in guest RAM, 4 KiB each.
     pub page: u64,
@@ -23,7 +24,7 @@ pub struct Sample {
 }
 
 /// What writes to a sample.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub enum Writer {
     /// Nothing that was seen.
     Idle,
@@ -47,7 +48,7 @@ pub enum Writer {
 }
 
 /// Recorded write times, replayed in a circle from an unknown phase.
-#[derive(Debug, Clone, Default, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Traces {
     /// Length of the recording, ms.
     pub length_ms: f64,
@@ -81,6 +82,9 @@ pub enum PatternError {
         /// How many there are.
         rows: usize,
     },
+    /// Times that do not ascend, or lie outside the recording.
+    #[error("trace {0}: its times have to ascend, within the length of the recording")]
+    DisorderedTrace(usize),
     /// Nothing to migrate.
     #[error("the pattern describes no memory")]
     Empty,
@@ -110,7 +114,8 @@ struct Class {
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct Member {
     index: u32,
-    weight: f64,
+    /// What one page is of those that it stands for: 1 / weight.
+    page: f64,
 }
 
 impl Pattern {
@@ -139,6 +144,12 @@ impl Pattern {
         }
         if let Some(at) = samples.windows(2).position(|pair| matches!(pair, [a, b] if a.page >= b.page)) {
             return Err(PatternError::Unordered(at + 1));
+        }
+        let ascend = |row: &Vec<f64>| {
+            row.iter().all(|time| (0.0..=traces.length_ms).contains(time)) && row.windows(2).all(|pair| matches!(pair, [a, b] if a <= b))
+        };
+        if let Some(row) = traces.rows.iter().position(|row| !ascend(row)) {
+            return Err(PatternError::DisorderedTrace(row));
         }
         let classes = classes(&samples);
         let comes_back = |sample: &Sample| matches!(sample.writer, Writer::Periodic { .. } | Writer::Traced { .. });
@@ -189,9 +200,30 @@ impl Pattern {
         cycle
     }
 
+    /// What has to be kept to make it anew.
+    pub fn record(&self) -> Recorded {
+        Recorded { samples: self.samples.clone(), traces: self.traces.clone(), observed_ms: self.observed_ms }
+    }
+
     /// One possible course of events. `phase_ms` shifts periodic and recorded writes; `seed` draws the random ones.
     pub fn realise(&self, phase_ms: f64, seed: u64) -> Realisation<'_> {
         Realisation { pattern: self, phase_ms, rng: Pcg64Mcg::seed_from_u64(seed) }
+    }
+}
+
+/// A pattern as it is kept in a file.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Recorded {
+    samples: Vec<Sample>,
+    traces: Traces,
+    observed_ms: f64,
+}
+
+impl Recorded {
+    /// The pattern, if what was kept still makes one.
+    pub fn restore(self) -> Result<Pattern, PatternError> {
+        Pattern::new(self.samples, self.traces, self.observed_ms)
     }
 }
 
@@ -209,11 +241,11 @@ fn classes(samples: &[Sample]) -> Vec<Class> {
         .chunk_by(|a, b| a.0 == b.0)
         .map(|group| {
             let weight = |index: u32| samples.get(index as usize).map_or(1.0, |sample| sample.weight);
-            let mut members: Vec<Member> = group.iter().map(|&(_, index)| Member { index, weight: weight(index) }).collect();
+            let mut members: Vec<Member> = group.iter().map(|&(_, index)| Member { index, page: 1.0 / weight(index) }).collect();
             for last in (1..members.len()).rev() {
                 members.swap(last, rng.random_range(0..=last));
             }
-            let single = members.iter().all(|member| member.weight <= 1.0);
+            let single = members.iter().all(|member| member.page >= 1.0);
             Class { rate: group.first().map_or(0.0, |g| f64::from_bits(g.0)), members, single }
         })
         .collect()
@@ -264,13 +296,21 @@ impl Realisation<'_> {
 /// systematically: single draws would make the count as noisy as if the guest had only that many pages, and noise
 /// carries a migration over its threshold too early. What is left is the noise of the real, larger number of pages.
 fn draw(class: &Class, since: &[f64], until: f64, rng: &mut Pcg64Mcg, written: &mut impl FnMut(usize)) {
-    // Intervals come in few lengths: one for the clean pages, one for each chunk of the others.
-    let (mut known, mut chance) = (f64::NAN, 0.0);
+    // Intervals come in few lengths: one for the clean pages, one for each chunk of the others. The members are shuffled, so more than
+    // the last one is worth remembering: the exponential is what a draw costs.
+    let (mut known, mut oldest) = ([(f64::NAN, 0.0); 4], 0_usize);
     let mut probability = |from: f64| {
-        if from.to_bits() != known.to_bits() {
-            known = from;
-            chance = if from < until { -(-class.rate * (until - from)).exp_m1() } else { 0.0 };
+        if from >= until {
+            return 0.0;
         }
+        if let Some(&(_, chance)) = known.iter().find(|(known, _)| known.to_bits() == from.to_bits()) {
+            return chance;
+        }
+        let chance = -(-class.rate * (until - from)).exp_m1();
+        if let Some(slot) = known.get_mut(oldest % 4) {
+            *slot = (from, chance);
+        }
+        oldest = oldest.wrapping_add(1);
         chance
     };
     // A sample without an answer to "since when" is not asked about.
@@ -289,7 +329,7 @@ fn draw(class: &Class, since: &[f64], until: f64, rng: &mut Pcg64Mcg, written: &
     for member in &class.members {
         let p = probability(since_of(member));
         any |= p > 0.0;
-        variance += p * (1.0 - p) / member.weight;
+        variance += p * (1.0 - p) * member.page;
     }
     if !any {
         return;
@@ -301,7 +341,7 @@ fn draw(class: &Class, since: &[f64], until: f64, rng: &mut Pcg64Mcg, written: &
     let mut sum = rng.random::<f64>();
     for member in head.iter().chain(tail) {
         let p = probability(since_of(member));
-        sum += (p + spread * p * (1.0 - p) / member.weight).clamp(0.0, 1.0);
+        sum += (p + spread * p * (1.0 - p) * member.page).clamp(0.0, 1.0);
         if sum >= 1.0 {
             sum -= 1.0;
             written(member.index as usize);
