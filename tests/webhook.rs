@@ -338,6 +338,14 @@ async fn what_is_no_review_is_an_error_that_says_so() {
     assert_eq!(post(&app, "/elsewhere", Vec::new()).await.0, StatusCode::NOT_FOUND);
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_body_that_never_comes_is_not_waited_for() {
+    let (app, _) = cluster(Some("Enforce"), Some(failing()));
+    let never = Body::from_stream(futures::stream::pending::<Result<Vec<u8>, std::io::Error>>());
+    let request = Request::post("/validate-vmim").header("content-type", "application/json").body(never).unwrap();
+    assert_eq!(app.oneshot(request).await.unwrap().status(), StatusCode::REQUEST_TIMEOUT);
+}
+
 /// The bar is 10 ms at the 99th percentile, over the wire; in process it takes a fraction of that even in a debug build.
 #[tokio::test]
 async fn it_answers_from_memory_at_once() {

@@ -7,7 +7,10 @@
 mod metrics;
 mod review;
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use axum::{
     Router,
@@ -19,6 +22,7 @@ use axum::{
 };
 use k8s_openapi::jiff::Timestamp;
 pub use metrics::AdmissionMetrics;
+use tower_http::timeout::TimeoutLayer;
 use tracing::info;
 
 use self::review::{Answer, Request};
@@ -31,6 +35,8 @@ use crate::{
 
 /// The largest review that is read. Objects in etcd are at most 1.5 MiB, and an update carries two.
 pub const BODY_LIMIT: usize = 3 << 20;
+/// A peer that has not sent its review by then is not waited for: no API server asks for longer than 30 s, nor sends so slowly.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// What the routes need.
 #[derive(Debug, Clone)]
@@ -65,6 +71,7 @@ pub fn router(admission: Admission) -> Router {
             post(async |State(admission): State<Arc<Admission>>, body: Bytes| handle(&admission, "validate", &body)),
         )
         .layer(DefaultBodyLimit::max(BODY_LIMIT))
+        .layer(TimeoutLayer::with_status_code(StatusCode::REQUEST_TIMEOUT, PATIENCE))
         .with_state(Arc::new(admission))
 }
 
