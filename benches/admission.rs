@@ -14,6 +14,7 @@ use kube::{
     runtime::{reflector::store::Writer, watcher::Event},
 };
 use migvisor::{
+    api::MigrationForecastSpec,
     manager::knowledge::Knowledge,
     runtime::{shutdown::Shutdown, tls::TlsServer},
     webhook::{Admission, AdmissionMetrics, router},
@@ -83,14 +84,16 @@ fn knowledge() -> Knowledge {
     let forecast = |i: u32| {
         let fails = i.is_multiple_of(2);
         let duration = |ms: u32| format!("{ms}ms");
+        let spec = json!({
+            "nodeName": "node-1", "podUID": format!("pod-{i}"), "guestMemory": "1Gi", "bandwidth": "100Mi",
+            "bandwidthSource": "MigrationConfiguration", "downtimeLimit": "300ms", "timeBudget": "40s", "policy": "policy-0"
+        });
+        let question = serde_json::from_value::<MigrationForecastSpec>(spec.clone()).unwrap().fingerprint();
         json!({
             "metadata": { "name": format!("vm-{i}"), "namespace": "shop", "generation": 3 },
-            "spec": {
-                "nodeName": "node-1", "podUID": format!("pod-{i}"), "guestMemory": "1Gi", "bandwidth": "100Mi",
-                "bandwidthSource": "MigrationConfiguration", "downtimeLimit": "300ms", "timeBudget": "40s", "policy": "policy-0"
-            },
+            "spec": spec,
             "status": {
-                "observedGeneration": 3, "measuredAt": now, "verdict": if fails { "Fails" } else { "Converges" },
+                "question": question, "observedGeneration": 3, "measuredAt": now, "verdict": if fails { "Fails" } else { "Converges" },
                 "reason": if fails { "BudgetExceeded" } else { "WithinBudget" }, "probability": if fails { 0.0 } else { 1.0 },
                 "method": "PC", "iterations": 9, "convergenceTime": "12s", "totalTime": "12s", "downtime": "250ms",
                 "dirtiedPages": 1_000_000, "transferredBytes": 4_194_304_000_u64, "leastConvergentBandwidth": "180Mi",

@@ -4,7 +4,7 @@
 use std::{fs, path::Path, time::Duration};
 
 use migvisor::{
-    api::{MigrationForecast, MigrationForecastStatus, convert, names::annotation},
+    api::{MigrationForecast, MigrationForecastStatus, QuestionRef, convert, names::annotation},
     cli::crd,
     model::{
         forecast::{Bounds, Forecast, HostConstants, Method, PatternPoint, ProfilePoint, Question, Verdict},
@@ -27,7 +27,13 @@ fn crds_are_current() {
         let stored = fs::read_to_string(&file).unwrap_or_default();
         assert!(stored == *yaml, "{} is not what `migvisor crd` prints: run `make generate`", file.display());
     }
-    assert_eq!(fs::read_dir(&folder).unwrap().count(), documents.len(), "a file in crds/ that `migvisor crd` does not print");
+    // Beside them only the list by which `kubectl apply -k` finds them.
+    assert_eq!(fs::read_dir(&folder).unwrap().count(), documents.len() + 1, "a file in crds/ that `migvisor crd` does not print");
+    let listed = fs::read_to_string(folder.join("kustomization.yaml")).unwrap();
+    assert!(
+        documents.iter().all(|(name, _)| listed.contains(&format!("- {name}.yaml\n"))),
+        "crds/kustomization.yaml is not complete"
+    );
 }
 
 /// Kubernetes warns about formats that it does not know, and drops them.
@@ -140,19 +146,26 @@ fn question() -> Question {
     forecast_object(&json!({})).spec.question().unwrap()
 }
 
+fn asked(generation: i64) -> QuestionRef {
+    QuestionRef { fingerprint: "0123456789abcdef".to_owned(), generation }
+}
+
 #[test]
 fn an_answer_is_short_and_reads_back() {
     let measured = "2026-11-22T12:00:00Z".parse().unwrap();
-    let status = MigrationForecastStatus::from_forecast(&forecast(), &question(), 3, measured);
+    let status = MigrationForecastStatus::from_forecast(&forecast(), &question(), &asked(3), measured);
     let object = serde_json::to_value(&status).unwrap();
     assert_eq!(object["totalTime"], "3.721s");
     assert_eq!(object["downtime"], "212.4ms");
     assert_eq!(object["leastConvergentBandwidth"], "64Mi");
     assert_eq!(object["bandwidth"], "100Mi");
-    assert_eq!(object["observedGeneration"], 3);
+    assert_eq!((&object["question"], &object["observedGeneration"]), (&json!("0123456789abcdef"), &json!(3)));
     assert_eq!(object["measuredAt"], "2026-11-22T12:00:00Z");
     assert_eq!(object["reason"], "WithinBudget");
     assert!(object.get("outcome").is_none() && object.get("conditions").is_none(), "not the agent's to write");
+    for own in ["dryRun", "inFlight", "lastMigration"] {
+        assert!(object.get(own).is_none(), "{own} has a field manager of its own");
+    }
     assert_eq!(status.curve.len(), convert::CURVE_POINTS);
     assert_eq!((status.curve[0].pages, status.curve[31].pages), (10, 4000), "the first and the last point stay");
     assert_eq!(status.profile.len(), convert::PROFILE_POINTS);
@@ -165,7 +178,8 @@ fn an_answer_is_short_and_reads_back() {
 
 #[test]
 fn annotations_are_plain_numbers_with_the_keys_of_the_contract() {
-    let status = MigrationForecastStatus::from_forecast(&forecast(), &question(), 3, "2026-11-22T12:00:00Z".parse().unwrap());
+    let status =
+        MigrationForecastStatus::from_forecast(&forecast(), &question(), &asked(3), "2026-11-22T12:00:00Z".parse().unwrap());
     let annotations = convert::annotations(&status);
     assert_eq!(annotations[annotation::VERDICT], "Converges");
     assert_eq!(annotations[annotation::METHOD], "PC");
@@ -190,7 +204,7 @@ fn annotations_are_plain_numbers_with_the_keys_of_the_contract() {
         assert!(json.get(key).is_some(), "{key} in {json}");
     }
 
-    let unknown = MigrationForecastStatus::unknown("NotMeasured", "the agent found no QEMU", 1, None);
+    let unknown = MigrationForecastStatus::unknown("NotMeasured", "the agent found no QEMU", &asked(1), None);
     let annotations = convert::annotations(&unknown);
     assert_eq!(annotations.len(), 2, "{annotations:?}");
     assert_eq!(annotations[annotation::VERDICT], "Unknown");
@@ -208,7 +222,8 @@ fn a_failing_answer_has_no_downtime_and_says_what_it_needs() {
         transferred_bytes: 29 << 30,
         ..forecast()
     };
-    let status = MigrationForecastStatus::from_forecast(&failing, &question(), 1, "2026-11-22T12:00:00Z".parse().unwrap());
+    let status =
+        MigrationForecastStatus::from_forecast(&failing, &question(), &asked(1), "2026-11-22T12:00:00Z".parse().unwrap());
     let object = serde_json::to_value(&status).unwrap();
     assert!(object.get("downtime").is_none() && object.get("cost").is_none());
     assert_eq!(object["reason"], "BudgetExceeded");
@@ -227,7 +242,7 @@ proptest! {
             pattern: Some(vec![PatternPoint { ms: total, pages: 1 }; points]),
             ..forecast()
         };
-        let status = MigrationForecastStatus::from_forecast(&odd, &question(), 1, "2026-11-22T12:00:00Z".parse().unwrap());
+        let status = MigrationForecastStatus::from_forecast(&odd, &question(), &asked(1), "2026-11-22T12:00:00Z".parse().unwrap());
         let json = serde_json::to_string(&status).unwrap();
         let back: MigrationForecastStatus = serde_json::from_str(&json).unwrap();
         let _ = convert::annotations(&back);

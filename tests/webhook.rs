@@ -12,7 +12,10 @@ use kube::{
     runtime::{reflector::store::Writer, watcher::Event},
 };
 use migvisor::{
-    api::names::{annotation, kubevirt},
+    api::{
+        MigrationForecastSpec,
+        names::{annotation, kubevirt},
+    },
     manager::knowledge::{Feeds, Knowledge},
     webhook::{Admission, AdmissionMetrics, BODY_LIMIT, router},
 };
@@ -65,8 +68,13 @@ fn cluster(mode: Option<&str>, forecast_status: Option<Value>) -> (Router, Admis
     if mode.is_some() {
         spec["policy"] = json!("strict");
     }
+    let question: MigrationForecastSpec = serde_json::from_value(spec.clone()).unwrap();
     let forecasts: Vec<_> = forecast_status
-        .map(|status| {
+        .map(|mut status| {
+            // Answers to the present question, unless they say otherwise.
+            if let Some(fields) = status.as_object_mut() {
+                fields.entry("question").or_insert_with(|| json!(question.fingerprint()));
+            }
             json!({
                 "apiVersion": "migvisor.io/v1alpha1", "kind": "MigrationForecast",
                 "metadata": { "name": "wild", "namespace": "shop", "generation": 3 }, "spec": spec, "status": status
@@ -218,7 +226,7 @@ async fn the_unknown_passes_in_silence() {
     };
     let older = {
         let mut status = failing();
-        status["observedGeneration"] = json!(2);
+        status["question"] = json!("0123456789abcdef");
         Some(status)
     };
     for status in [None, Some(Value::Null), stale, older] {

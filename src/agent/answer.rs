@@ -88,7 +88,7 @@ pub fn with_condition(
 /// Whether `new` differs from `old` by more than the noise of two looks at the same VM.
 pub fn worth_writing(old: &MigrationForecastStatus, new: &MigrationForecastStatus) -> bool {
     let unknown = new.verdict.is_none_or(|verdict| verdict == Verdict::Unknown);
-    old.observed_generation != new.observed_generation
+    old.question != new.question
         || old.verdict != new.verdict
         || old.reason != new.reason
         || old.method != new.method
@@ -129,7 +129,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::model::units::Bandwidth;
+    use crate::{api::QuestionRef, model::units::Bandwidth};
 
     fn spec(more: &serde_json::Value) -> MigrationForecastSpec {
         let mut spec = json!({
@@ -160,7 +160,7 @@ mod tests {
     #[test]
     fn noise_is_not_worth_a_write() {
         let status = |total: f64, probability: f64| MigrationForecastStatus {
-            observed_generation: Some(1),
+            question: Some("a".to_owned()),
             verdict: Some(Verdict::Converges),
             message: Some(format!("It would take {total} ms.")),
             probability: Some(probability),
@@ -171,9 +171,10 @@ mod tests {
         assert!(!worth_writing(&old, &status(1050.0, 1.0)));
         assert!(worth_writing(&old, &status(1200.0, 0.98)));
         assert!(worth_writing(&old, &status(1000.0, 0.90)));
-        assert!(worth_writing(&old, &MigrationForecastStatus { observed_generation: Some(2), ..old.clone() }));
+        assert!(worth_writing(&old, &MigrationForecastStatus { question: Some("b".to_owned()), ..old.clone() }));
         assert!(worth_writing(&old, &MigrationForecastStatus { downtime: Some(scalar::Duration::from_ms(5.0)), ..old.clone() }));
-        let unknown = |message| MigrationForecastStatus::unknown(reason::NOT_MEASURED, message, 1, None);
+        let asked = QuestionRef { fingerprint: "a".to_owned(), generation: 1 };
+        let unknown = |message| MigrationForecastStatus::unknown(reason::NOT_MEASURED, message, &asked, None);
         assert!(
             worth_writing(&old, &unknown("a"))
                 && worth_writing(&unknown("a"), &unknown("b"))

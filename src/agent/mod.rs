@@ -245,20 +245,20 @@ impl<L: Locate> Agent<L> {
     async fn answer(&mut self, key: &Key) {
         let now = Instant::now();
         let Some(vm) = self.vms.get(key) else { return };
-        let generation = vm.generation();
+        let asked = vm.question().clone();
         let status = match (vm.asked(), vm.fresh(now)) {
-            (Asked::Words(why, message), _) => MigrationForecastStatus::unknown(why, message, generation, None),
+            (Asked::Words(why, message), _) => MigrationForecastStatus::unknown(why, message, &asked, None),
             (Asked::Model(question), Some(seen)) => {
                 let (question, pattern, measured_at) = (question.clone(), seen.pattern.clone(), seen.measured_at);
                 let replay = move || (forecast(&pattern, &question), question);
                 match spawn_blocking(replay).await {
                     Ok((forecast, question)) => {
                         self.metrics.forecast_seconds.observe(now.elapsed().as_secs_f64());
-                        MigrationForecastStatus::from_forecast(&forecast, &question, generation, measured_at)
+                        MigrationForecastStatus::from_forecast(&forecast, &question, &asked, measured_at)
                     }
                     Err(error) => {
                         let message = format!("the forecast failed: {error}; this is a defect of migvisor, please report it");
-                        MigrationForecastStatus::unknown(reason::NOT_MEASURED, message, generation, None)
+                        MigrationForecastStatus::unknown(reason::NOT_MEASURED, message, &asked, None)
                     }
                 }
             }
@@ -266,7 +266,7 @@ impl<L: Locate> Agent<L> {
                 let (why, message) = vm
                     .trouble()
                     .map_or((reason::NOT_MEASURED, "not looked at yet"), |trouble| (trouble.reason, &trouble.message));
-                MigrationForecastStatus::unknown(why, message, generation, vm.seen().map(|seen| seen.measured_at))
+                MigrationForecastStatus::unknown(why, message, &asked, vm.seen().map(|seen| seen.measured_at))
             }
         };
         if let Some(vm) = self.vms.get_mut(key) {

@@ -15,7 +15,7 @@ use super::{
     schedule::Case,
 };
 use crate::{
-    api::{MigrationForecast, MigrationForecastStatus},
+    api::{MigrationForecast, MigrationForecastStatus, QuestionRef},
     model::{
         forecast::{HostConstants, Verdict},
         pattern::Pattern,
@@ -63,7 +63,7 @@ pub struct Trouble {
 pub struct Vm {
     uid: String,
     pod_uid: String,
-    generation: i64,
+    question: QuestionRef,
     asked: Asked,
     paused: bool,
     wanted_since: Option<Instant>,
@@ -82,7 +82,7 @@ impl Vm {
         let mut vm = Self {
             uid: object.metadata.uid.clone().unwrap_or_default(),
             pod_uid: object.spec.pod_uid.clone(),
-            generation: object.metadata.generation.unwrap_or_default(),
+            question: object.question(),
             asked: answer::read(&object.spec, host),
             paused: object.spec.paused,
             wanted_since: Some(now),
@@ -97,7 +97,7 @@ impl Vm {
             let age = status.measured_at.as_ref().and_then(|at| Duration::try_from(wall.duration_since(at.0)).ok());
             vm.published = now.checked_sub(age.unwrap_or(REWRITE)).map(|at| (status.clone(), at));
             let known = status.verdict.is_some_and(|verdict| verdict != Verdict::Unknown);
-            let answers = status.observed_generation == Some(vm.generation);
+            let answers = status.question.as_ref() == Some(&vm.question.fingerprint);
             if let Some(age) = age.filter(|age| known && answers && *age < FRESH) {
                 vm.wanted_since = None;
                 vm.refresh_due = now + refresh.saturating_sub(age);
@@ -119,9 +119,11 @@ impl Vm {
             *self = Self::new(object, host, now, wall, refresh);
             return true;
         }
-        let generation = object.metadata.generation.unwrap_or_default();
-        if generation != self.generation {
-            self.generation = generation;
+        // A new generation alone is no new question: what is asked beside it has changed.
+        let question = object.question();
+        let same = question.fingerprint == self.question.fingerprint;
+        self.question = question;
+        if !same {
             self.asked = answer::read(&object.spec, host);
             self.wanted_since = Some(now);
             self.ready = None;
@@ -158,9 +160,9 @@ impl Vm {
         &self.pod_uid
     }
 
-    /// The generation that is being asked.
-    pub fn generation(&self) -> i64 {
-        self.generation
+    /// The question that is being asked, for an answer to name.
+    pub fn question(&self) -> &QuestionRef {
+        &self.question
     }
 
     /// What is being asked.
@@ -210,16 +212,16 @@ impl Vm {
         }
     }
 
-    /// An answer to the question of `generation` is there: it will be written now, soon or (if it says little new) at the next
+    /// An answer to the present question is there: it will be written now, soon or (if it says little new) at the next
     /// rewrite. An answer to an earlier question is dropped.
     pub fn answered(&mut self, status: MigrationForecastStatus, now: Instant) {
-        if status.observed_generation != Some(self.generation) {
+        if status.question.as_ref() != Some(&self.question.fingerprint) {
             return;
         }
         self.wanted_since = None;
         let due = match &self.published {
             None => now,
-            Some((old, _)) if old.observed_generation != status.observed_generation => now,
+            Some((old, _)) if old.question != status.question => now,
             Some((old, at)) if answer::worth_writing(old, &status) => (*at + WRITE_GAP).max(now),
             // Words do not age: there is no new look to tell of.
             Some((old, _)) if status.measured_at == old.measured_at => return self.ready = None,

@@ -15,11 +15,12 @@ fn s(seconds: u64) -> Duration {
     Duration::from_secs(seconds)
 }
 
+/// Each generation here is another question, too.
 fn object(generation: i64, pod_uid: &str) -> MigrationForecast {
     serde_json::from_value(json!({
         "apiVersion": "migvisor.io/v1alpha1", "kind": "MigrationForecast",
         "metadata": { "name": "vm", "namespace": "ns", "uid": "uid", "generation": generation },
-        "spec": { "nodeName": "n", "podUID": pod_uid, "guestMemory": "1Gi", "bandwidth": "0", "bandwidthSource": "Unlimited", "downtimeLimit": "300ms" }
+        "spec": { "nodeName": "n", "podUID": pod_uid, "guestMemory": "1Gi", "bandwidth": "0", "bandwidthSource": "Unlimited", "downtimeLimit": format!("{}ms", 300 + generation) }
     }))
     .unwrap()
 }
@@ -60,7 +61,7 @@ impl Life {
     /// Answers with a total time and says when it is to be written.
     fn answer(&mut self, total: f64) -> Option<Duration> {
         let status = MigrationForecastStatus {
-            observed_generation: Some(self.vm.generation()),
+            question: Some(self.vm.question().fingerprint.clone()),
             measured_at: Some(k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(self.vm.seen().unwrap().measured_at)),
             verdict: Some(Verdict::Converges),
             total_time: Some(crate::api::scalar::Duration::from_ms(total)),
@@ -140,6 +141,20 @@ fn failures_back_off_and_do_not_throw_fresh_data_away() {
 }
 
 #[test]
+fn a_dry_run_asked_for_is_no_new_question() {
+    let mut life = Life::new(&object(1, "pod"));
+    life.look();
+    life.answer(1000.0);
+    life.write();
+    let mut asked = object(1, "pod");
+    asked.metadata.generation = Some(2);
+    asked.spec.dry_run = Some(crate::api::dry_run::DryRun { id: "by-hand".to_owned(), ..Default::default() });
+    assert!(!life.ask(&asked));
+    assert_eq!((life.case().wanted_since, life.case().write_due), (None, None), "the answer stands");
+    assert_eq!(life.vm.question().generation, 2);
+}
+
+#[test]
 fn another_pod_is_another_vm() {
     let mut life = Life::new(&object(1, "pod"));
     life.look();
@@ -147,7 +162,9 @@ fn another_pod_is_another_vm() {
     assert!(life.ask(&object(2, "other")));
     assert!(life.vm.seen().is_none() && life.case().wanted_since.is_some());
     // An answer that was computed for the old pod comes too late.
-    life.vm.answered(MigrationForecastStatus { observed_generation: Some(1), ..MigrationForecastStatus::default() }, life.now);
+    let late =
+        MigrationForecastStatus { question: Some(object(1, "pod").question().fingerprint), ..MigrationForecastStatus::default() };
+    life.vm.answered(late, life.now);
     assert!(life.vm.to_write().is_none());
 }
 
@@ -155,18 +172,19 @@ fn another_pod_is_another_vm() {
 fn after_a_restart_a_fresh_answer_stands_until_its_refresh() {
     let mut asked = object(3, "pod");
     let measured = Timestamp::from_second(1_700_000_000 - 400).unwrap();
-    let mut status = MigrationForecastStatus::unknown(reason::NOT_MEASURED, "", 3, Some(measured));
+    let question = asked.question();
+    let mut status = MigrationForecastStatus::unknown(reason::NOT_MEASURED, "", &question, Some(measured));
     status.verdict = Some(Verdict::Fails);
     asked.status = Some(status.clone());
     let life = Life::new(&asked);
     assert_eq!((life.case().wanted_since, life.case().refresh_due), (None, life.now + s(200)));
 
     for odd in [
-        MigrationForecastStatus { observed_generation: Some(2), ..status.clone() },
+        MigrationForecastStatus { question: Some(object(2, "pod").question().fingerprint), ..status.clone() },
         MigrationForecastStatus { verdict: Some(Verdict::Unknown), ..status.clone() },
         MigrationForecastStatus { measured_at: None, ..status.clone() },
-        MigrationForecastStatus::unknown("", "", 3, Some(Timestamp::from_second(1_700_000_000 + 5).unwrap())),
-        MigrationForecastStatus::unknown("", "", 3, Some(Timestamp::MIN)),
+        MigrationForecastStatus::unknown("", "", &question, Some(Timestamp::from_second(1_700_000_000 + 5).unwrap())),
+        MigrationForecastStatus::unknown("", "", &question, Some(Timestamp::MIN)),
     ] {
         asked.status = Some(odd);
         assert!(Life::new(&asked).case().wanted_since.is_some());
@@ -179,7 +197,7 @@ fn words_are_written_once() {
     asked.spec.outside_model = Some("block migration".to_owned());
     let mut life = Life::new(&asked);
     assert!(!life.case().measurable);
-    let words = MigrationForecastStatus::unknown(reason::OUTSIDE_MODEL, "block migration", 1, None);
+    let words = MigrationForecastStatus::unknown(reason::OUTSIDE_MODEL, "block migration", &asked.question(), None);
     life.vm.answered(words.clone(), life.now);
     life.write();
     life.pass(10_000);

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
 
 use super::{
+    fingerprint::QuestionRef,
     forecast::{
         Bounds, CostWeights, CountRange, CurvePoint, DurationRange, HostConstants, MigrationForecastSpec,
         MigrationForecastStatus, ProfilePoint, Sla,
@@ -16,7 +17,7 @@ use super::{
     scalar::{Duration, Quantity},
 };
 use crate::model::{
-    forecast::{self as model, Forecast, PatternPoint, Question, Verdict},
+    forecast::{self as model, Forecast, Method, PatternPoint, Question, Verdict},
     units::{Bandwidth, Bytes, BytesPerSecond, FASTEST, SLOWEST},
 };
 
@@ -38,7 +39,7 @@ pub struct QuestionError {
     problem: String,
 }
 
-fn refuse<T>(field: &'static str, problem: impl Into<String>) -> Result<T, QuestionError> {
+pub(super) fn refuse<T>(field: &'static str, problem: impl Into<String>) -> Result<T, QuestionError> {
     Err(QuestionError { field, problem: problem.into() })
 }
 
@@ -139,7 +140,7 @@ fn host(host: &HostConstants) -> Result<model::HostConstants, QuestionError> {
 }
 
 /// What others said may be in a message, and they may say a lot: no more than this goes into an object.
-fn shortened(message: String) -> String {
+pub(super) fn shortened(message: String) -> String {
     const MOST: usize = 1000;
     match message.char_indices().nth(MOST) {
         Some((end, _)) => format!("{}…", message.get(..end).unwrap_or_default()),
@@ -148,10 +149,11 @@ fn shortened(message: String) -> String {
 }
 
 impl MigrationForecastStatus {
-    /// The answer to a question. `generation` is that of the spec that asked; `measured_at` when the VM was last looked at.
-    pub fn from_forecast(forecast: &Forecast, question: &Question, generation: i64, measured_at: Timestamp) -> Self {
+    /// The answer to a question. `asked` names it; `measured_at` is when the VM was last looked at, or its dry run ended.
+    pub fn from_forecast(forecast: &Forecast, question: &Question, asked: &QuestionRef, measured_at: Timestamp) -> Self {
         Self {
-            observed_generation: Some(generation),
+            question: Some(asked.fingerprint.clone()),
+            observed_generation: Some(asked.generation),
             measured_at: Some(Time(measured_at)),
             verdict: Some(forecast.verdict),
             reason: Some(reason_of(forecast, question).to_owned()),
@@ -187,15 +189,15 @@ impl MigrationForecastStatus {
             curve: thin(forecast.pattern.as_deref().unwrap_or_default(), CURVE_POINTS)
                 .map(|point| CurvePoint { window: Duration::from_ms(point.ms), pages: point.pages })
                 .collect(),
-            conditions: Vec::new(),
-            outcome: None,
+            ..Self::default()
         }
     }
 
     /// The answer where there is none: `why` is one of [`reason`], `message` what to do about it.
-    pub fn unknown(why: &str, message: impl Into<String>, generation: i64, measured_at: Option<Timestamp>) -> Self {
+    pub fn unknown(why: &str, message: impl Into<String>, asked: &QuestionRef, measured_at: Option<Timestamp>) -> Self {
         Self {
-            observed_generation: Some(generation),
+            question: Some(asked.fingerprint.clone()),
+            observed_generation: Some(asked.generation),
             measured_at: measured_at.map(Time),
             verdict: Some(Verdict::Unknown),
             reason: Some(why.to_owned()),
@@ -344,6 +346,7 @@ fn describe(forecast: &Forecast, question: &Question) -> String {
                 .collect();
             format!("It would {took}; the SLA wants {}.", wanted.join(" and "))
         }
+        Verdict::Borderline if forecast.method == Method::DryRun => format!("Near the limit in a dry run; it would {took}."),
         Verdict::Borderline => {
             format!("Near the limit: {:.0} % of the replays converge; it would {took}.", forecast.probability * 100.0)
         }

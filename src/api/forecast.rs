@@ -7,7 +7,12 @@ use kube::CustomResource;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::scalar::{self, Duration, Quantity};
+use super::{
+    dry_run::{DryRun, DryRunStatus},
+    migration::{InFlight, LastMigration},
+    scalar::{Duration, Quantity},
+    schema,
+};
 use crate::model::forecast::{Method, Verdict};
 
 /// The question: where the VM runs and what a migration of it would run under. Written by the manager.
@@ -35,6 +40,7 @@ use crate::model::forecast::{Method, Verdict};
     printcolumn = r#"{"name": "Bandwidth", "type": "string", "jsonPath": ".status.bandwidth", "priority": 1}"#,
     printcolumn = r#"{"name": "Iterations", "type": "integer", "jsonPath": ".status.iterations", "priority": 1}"#,
     printcolumn = r#"{"name": "Reason", "type": "string", "jsonPath": ".status.reason", "priority": 1}"#,
+    printcolumn = r#"{"name": "Dry-Run", "type": "string", "description": "How far the dry run is that was asked for last", "jsonPath": ".status.dryRun.phase", "priority": 1}"#,
     printcolumn = r#"{"name": "Node", "type": "string", "jsonPath": ".spec.nodeName", "priority": 1}"#
 )]
 #[serde(rename_all = "camelCase")]
@@ -82,6 +88,9 @@ pub struct MigrationForecastSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 1024))]
     pub outside_model: Option<String>,
+    /// A dry run of the migration is wanted. No part of the question: the answer stands while one is asked for, runs, or is withdrawn.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dry_run: Option<DryRun>,
 }
 
 /// Where a bandwidth was taken from: `MigrationConfiguration` (the KubeVirt object), `MigrationPolicy` (KubeVirt's), `PredictionPolicy` (ours),
@@ -135,15 +144,15 @@ pub struct Sla {
 pub struct CostWeights {
     /// a: weight of the total time.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(schema_with = "scalar::optional_amount")]
+    #[schemars(schema_with = "schema::optional_amount")]
     pub total_time: Option<f64>,
     /// b: weight of the downtime.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(schema_with = "scalar::optional_amount")]
+    #[schemars(schema_with = "schema::optional_amount")]
     pub downtime: Option<f64>,
     /// c: weight of the pages sent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(schema_with = "scalar::optional_amount")]
+    #[schemars(schema_with = "schema::optional_amount")]
     pub pages: Option<f64>,
 }
 
@@ -156,19 +165,19 @@ pub struct HostConstants {
     pub line_rate: Option<Quantity>,
     /// Zero pages scanned and sent in a millisecond.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(schema_with = "scalar::optional_amount")]
+    #[schemars(schema_with = "schema::optional_amount")]
     pub zero_pages_per_ms: Option<f64>,
     /// From the start to the first page, ms.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(schema_with = "scalar::optional_amount")]
+    #[schemars(schema_with = "schema::optional_amount")]
     pub setup_ms: Option<f64>,
     /// One synchronisation of the dirty log, ms.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(schema_with = "scalar::optional_amount")]
+    #[schemars(schema_with = "schema::optional_amount")]
     pub sync_ms: Option<f64>,
     /// Stopping the guest, the device state, starting the guest, ms.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(schema_with = "scalar::optional_amount")]
+    #[schemars(schema_with = "schema::optional_amount")]
     pub completion_ms: Option<f64>,
 }
 
@@ -176,17 +185,22 @@ pub struct HostConstants {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct MigrationForecastStatus {
-    /// The generation of the spec that this answers.
+    /// Fingerprint of the question that this answers: of the spec but for `dryRun`. The answer counts while the question as it should be
+    /// now has the same.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(schema_with = "scalar::optional_count")]
+    #[schemars(length(max = 64))]
+    pub question: Option<String>,
+    /// The generation of the object that this was written for. For people and tools; what counts is `question`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "schema::optional_count")]
     pub observed_generation: Option<i64>,
     /// When the VM was last looked at.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(schema_with = "scalar::optional_time")]
+    #[schemars(schema_with = "schema::optional_time")]
     pub measured_at: Option<Time>,
     /// Would it converge?
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(schema_with = "scalar::optional_verdict")]
+    #[schemars(schema_with = "schema::optional_verdict")]
     pub verdict: Option<Verdict>,
     /// Why, in one word.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -196,18 +210,18 @@ pub struct MigrationForecastStatus {
     pub message: Option<String>,
     /// The share of replays that converged within the budget.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(schema_with = "scalar::optional_probability")]
+    #[schemars(schema_with = "schema::optional_probability")]
     pub probability: Option<f64>,
     /// How the forecast was made: PC (pattern collector) or DR (dry run).
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(schema_with = "scalar::optional_method")]
+    #[schemars(schema_with = "schema::optional_method")]
     pub method: Option<Method>,
     /// The bandwidth that was assumed, bytes per second; 0 is uncapped.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bandwidth: Option<Quantity>,
     /// Passes over the memory (QEMU's dirty-sync count).
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(schema_with = "scalar::optional_count")]
+    #[schemars(schema_with = "schema::optional_count")]
     pub iterations: Option<u64>,
     /// Total time less downtime.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -220,18 +234,18 @@ pub struct MigrationForecastStatus {
     pub total_time: Option<Duration>,
     /// Pages sent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(schema_with = "scalar::optional_count")]
+    #[schemars(schema_with = "schema::optional_count")]
     pub dirtied_pages: Option<u64>,
     /// Bytes sent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(schema_with = "scalar::optional_count")]
+    #[schemars(schema_with = "schema::optional_count")]
     pub transferred_bytes: Option<u64>,
     /// The least bandwidth at which it converges, bytes per second; absent where none that the line carries suffices.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub least_convergent_bandwidth: Option<Quantity>,
     /// Weighed sum of total time, downtime and pages; absent where it fails.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(schema_with = "scalar::optional_amount")]
+    #[schemars(schema_with = "schema::optional_amount")]
     pub cost: Option<f64>,
     /// Something that stands in for a measurement, or too short a look, weakens the forecast.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
@@ -249,8 +263,17 @@ pub struct MigrationForecastStatus {
     pub curve: Vec<CurvePoint>,
     /// Conditions: `LowConfidence` (the agent's), `Ready`, `DataStale` (the manager's).
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    #[schemars(schema_with = "scalar::conditions")]
+    #[schemars(schema_with = "schema::conditions")]
     pub conditions: Vec<Condition>,
+    /// The dry run that was asked for last.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dry_run: Option<DryRunStatus>,
+    /// The migration of this VM that runs now, as the agent reads it from QEMU; absent where none does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub in_flight: Option<InFlight>,
+    /// The last migration of this VM, as QEMU or libvirt told it at its end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_migration: Option<LastMigration>,
     /// The last migration of this VM, held against its forecast. The manager's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub outcome: Option<Outcome>,
@@ -284,10 +307,10 @@ pub struct DurationRange {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct CountRange {
     /// Low end.
-    #[schemars(schema_with = "scalar::count")]
+    #[schemars(schema_with = "schema::count")]
     pub low: u64,
     /// High end.
-    #[schemars(schema_with = "scalar::count")]
+    #[schemars(schema_with = "schema::count")]
     pub high: u64,
 }
 
@@ -298,7 +321,7 @@ pub struct ProfilePoint {
     /// The cap, bytes per second.
     pub bandwidth: Quantity,
     /// The share of replays that converged within the budget.
-    #[schemars(schema_with = "scalar::probability")]
+    #[schemars(schema_with = "schema::probability")]
     pub probability: f64,
     /// Total time; the budget where that ends first.
     pub total_time: Duration,
@@ -306,10 +329,10 @@ pub struct ProfilePoint {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub downtime: Option<Duration>,
     /// Passes over the memory.
-    #[schemars(schema_with = "scalar::count")]
+    #[schemars(schema_with = "schema::count")]
     pub iterations: u64,
     /// Pages sent.
-    #[schemars(schema_with = "scalar::count")]
+    #[schemars(schema_with = "schema::count")]
     pub dirtied_pages: u64,
 }
 
@@ -320,7 +343,7 @@ pub struct CurvePoint {
     /// Length of the window.
     pub window: Duration,
     /// Distinct pages written within it.
-    #[schemars(schema_with = "scalar::count")]
+    #[schemars(schema_with = "schema::count")]
     pub pages: u64,
 }
 
@@ -337,7 +360,7 @@ pub struct Outcome {
     pub phase: String,
     /// When it ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(schema_with = "scalar::optional_time")]
+    #[schemars(schema_with = "schema::optional_time")]
     pub completed_at: Option<Time>,
     /// How long it took; absent where it never started.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -350,15 +373,6 @@ pub struct Outcome {
     pub relative_error: Option<f64>,
     /// The verdict that it started with.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(schema_with = "scalar::optional_verdict")]
+    #[schemars(schema_with = "schema::optional_verdict")]
     pub verdict: Option<Verdict>,
-}
-
-impl MigrationForecast {
-    /// The status, if it answers the spec as it stands (and not an earlier one).
-    pub fn answer(&self) -> Option<&MigrationForecastStatus> {
-        self.status
-            .as_ref()
-            .filter(|status| status.observed_generation.is_some() && status.observed_generation == self.metadata.generation)
-    }
 }

@@ -76,6 +76,9 @@ pub struct VmiSpec {
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(default)]
 pub struct Domain {
+    /// Its processors.
+    #[serde(deserialize_with = "lenient")]
+    pub cpu: Cpu,
     /// Memory of the guest.
     #[serde(deserialize_with = "lenient")]
     pub memory: Memory,
@@ -85,6 +88,15 @@ pub struct Domain {
     /// Devices of the host that are passed through.
     #[serde(deserialize_with = "lenient")]
     pub devices: Devices,
+}
+
+/// `spec.domain.cpu`.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct Cpu {
+    /// Each has a processor of the host to itself.
+    #[serde(deserialize_with = "lenient")]
+    pub dedicated_cpu_placement: bool,
 }
 
 /// `spec.domain.memory`.
@@ -103,6 +115,9 @@ pub struct Resources {
     /// By resource name.
     #[serde(deserialize_with = "lenient")]
     pub requests: BTreeMap<String, Quantity>,
+    /// The most it may use, by resource name.
+    #[serde(deserialize_with = "lenient")]
+    pub limits: BTreeMap<String, Quantity>,
 }
 
 /// `spec.domain.devices`, what passes through the host's devices.
@@ -200,6 +215,12 @@ impl VirtualMachineInstance {
         self.status.conditions.iter().find(|condition| condition.type_ == type_)
     }
 
+    /// Its memory moves.
+    pub fn is_migrating(&self) -> bool {
+        let state = self.status.migration_state.as_ref();
+        state.is_some_and(|state| state.start_timestamp.is_some() && state.end_timestamp.is_none() && !state.completed)
+    }
+
     /// UID of the pod that runs the VM now: of the active pods, the one on its node.
     pub fn pod_uid(&self) -> Option<&str> {
         let mut here =
@@ -255,6 +276,11 @@ impl VirtualMachineInstanceMigration {
     pub fn is_final(&self) -> bool {
         matches!(self.status.phase.as_str(), "Succeeded" | "Failed")
     }
+
+    /// It moves a VM of this cluster, or is about to. One that comes in from another cluster moves none of here.
+    pub fn is_under_way(&self) -> bool {
+        !self.is_final() && self.spec.receive.is_none()
+    }
 }
 
 /// The configuration of KubeVirt.
@@ -305,6 +331,18 @@ pub struct MigrationConfiguration {
     /// Switch to post-copy or pause the guest when the budget is over; as `allow_post_copy` when absent.
     #[serde(deserialize_with = "lenient")]
     pub allow_workload_disruption: Option<bool>,
+    /// What KubeVirt only tries out; it reads it from a MigrationPolicy alone.
+    #[serde(deserialize_with = "lenient", skip_serializing_if = "Option::is_none")]
+    pub experimental: Option<Experimental>,
+}
+
+/// `experimental` of a MigrationPolicy.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize, Serialize)]
+#[serde(default)]
+pub struct Experimental {
+    /// `none` or `zstd`.
+    #[serde(deserialize_with = "lenient")]
+    pub compression: String,
 }
 
 /// Overrides the configuration for the VMs that it selects (`migrations.kubevirt.io`, cluster-scoped).

@@ -5,19 +5,28 @@
 //! | module | what |
 //! |---|---|
 //! | [`forecast`] | MigrationForecast: the question (spec) and the answer (status) |
+//! | [`fingerprint`] | which question an answer answers |
+//! | [`dry_run`] | a forecast's dry run: asked for, in progress, answered; and its way to and from the model |
+//! | [`migration`] | real migrations: the hint that one is under way, what the agent reads of it, the truth at its end |
 //! | [`policy`] | PredictionPolicy, and which one applies to a VM |
 //! | [`convert`] | between these objects, the model and the annotations |
 //! | [`kubevirt`] | KubeVirt's objects, as far as we read them |
 //! | [`names`] | annotation keys, labels, reasons, field managers |
 //! | [`scalar`] | quantities and durations as Kubernetes writes them |
+//! | `schema` | schemas of scalars |
 
 pub mod convert;
+pub mod dry_run;
+pub mod fingerprint;
 pub mod forecast;
 pub mod kubevirt;
+pub mod migration;
 pub mod names;
 pub mod policy;
 pub mod scalar;
+mod schema;
 
+pub use fingerprint::QuestionRef;
 pub use forecast::{MigrationForecast, MigrationForecastSpec, MigrationForecastStatus};
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::CustomResourceExt;

@@ -6,10 +6,26 @@ pub const PREFIX: &str = "migvisor.io/";
 /// On a MigrationForecast: the node whose agent answers it. Agents watch by this label.
 pub const NODE_LABEL: &str = "migvisor.io/node";
 
-/// The manager's field manager: `spec` of a forecast, `status.outcome`.
+/// The manager's field manager: a forecast's metadata and `spec`, `status.outcome`, the conditions `Ready` and `DataStale`.
 pub const MANAGER: &str = "migvisor-manager";
-/// The agent's field manager: the rest of a forecast's status.
+/// The agent's field manager for the answer: a forecast's status but for what the next two and the manager write.
 pub const AGENT: &str = "migvisor-agent";
+/// The agent's field manager for `status.dryRun`. One of its own: progress is written every second, and an apply carries all
+/// that its field manager has written, so the answer with its curve would go along each time, or be taken away.
+pub const AGENT_DRY_RUN: &str = "migvisor-agent-dry-run";
+/// The agent's field manager for `status.inFlight` and `status.lastMigration`, for the same reason.
+pub const AGENT_MIGRATION: &str = "migvisor-agent-migration";
+
+/// Annotations on a MigrationForecast by which the manager tells the agent of a migration of the VM that is not final.
+///
+/// Annotations, because they are neither part of the question nor an answer: the spec would get a new generation, and whoever
+/// waits for `status.observedGeneration` would wait for an answer that says the same; the status is the agent's.
+pub mod hint {
+    /// UID of the VirtualMachineInstanceMigration.
+    pub const MIGRATION: &str = "migvisor.io/migration";
+    /// `Pending` until memory moves, then `Running`.
+    pub const PHASE: &str = "migvisor.io/migration-phase";
+}
 
 /// Annotations on a VirtualMachineInstanceMigration: plain numbers, times in ms, bandwidths in bytes per second.
 pub mod annotation {

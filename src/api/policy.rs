@@ -9,8 +9,10 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{
+    dry_run,
     forecast::{CostWeights, Sla},
-    scalar::Quantity,
+    scalar::{Duration, Quantity},
+    schema,
 };
 
 /// What is wanted of migrations, and what is done about those that would not meet it.
@@ -48,6 +50,52 @@ pub struct PredictionPolicySpec {
     /// What a migration can count on, bytes per second, where that is less than KubeVirt's own cap. Absent or 0: that cap alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bandwidth: Option<Quantity>,
+    /// When a migration is tried out without delivering it. Absent: never.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dry_run: Option<DryRunPolicy>,
+}
+
+/// When migrations are tried out. A dry run costs what a migration costs but the network: memory bandwidth, about a processor, and the
+/// write protection of the guest's pages; it never stops the guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct DryRunPolicy {
+    /// `Never`; or `OnDoubt`: in the background, where the pattern says `Fails` or `Borderline`, so that the answer is there before
+    /// somebody asks.
+    #[serde(default)]
+    pub mode: DryRunMode,
+    /// How long one may run before it is cancelled, 1s to 24h.
+    #[serde(default = "default_deadline")]
+    #[schemars(schema_with = "schema::deadline", default = "default_deadline")]
+    pub deadline: Duration,
+    /// How many are asked for at the same time on one node, 1 to 16; its agent runs one after the other.
+    #[serde(default = "default_concurrency")]
+    #[schemars(schema_with = "schema::parallel", default = "default_concurrency")]
+    pub concurrent_per_node: u64,
+}
+
+impl Default for DryRunPolicy {
+    fn default() -> Self {
+        Self { mode: DryRunMode::Never, deadline: default_deadline(), concurrent_per_node: default_concurrency() }
+    }
+}
+
+fn default_deadline() -> Duration {
+    dry_run::DEADLINE
+}
+
+fn default_concurrency() -> u64 {
+    1
+}
+
+/// When migrations are tried out: `Never`, or `OnDoubt`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum DryRunMode {
+    /// The manager asks for none. A person may.
+    #[default]
+    Never,
+    /// In the background, where the pattern alone says `Fails` or `Borderline`.
+    OnDoubt,
 }
 
 /// Plain equality of labels. Every label of both selectors has to match.

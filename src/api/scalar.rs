@@ -1,4 +1,4 @@
-//! Quantities (`100Mi`) and durations (`1.83s`) as Kubernetes writes them, and the schemas of other scalars.
+//! Quantities (`100Mi`) and durations (`1.83s`) as Kubernetes writes them.
 //!
 //! They read any text without panicking (`kube`'s own duration panics on `99999999999999999999h`, and one such object
 //! would take every watcher down) and keep what they cannot use for the conversion to complain about, with the field's name.
@@ -216,67 +216,6 @@ impl JsonSchema for Duration {
         // So long a number of hours still fits: whoever passes this pattern is read.
         json_schema!({ "type": "string", "pattern": r"^(0|([0-9]{1,10}(\.[0-9]{1,9})?(ns|us|µs|ms|s|m|h))+)$", "maxLength": 64 })
     }
-}
-
-/// A count: Kubernetes knows no unsigned formats.
-pub(super) fn count(_: &mut SchemaGenerator) -> Schema {
-    json_schema!({ "type": "integer", "format": "int64", "minimum": 0 })
-}
-
-/// As [`count`], may be absent.
-pub(super) fn optional_count(_: &mut SchemaGenerator) -> Schema {
-    json_schema!({ "type": "integer", "format": "int64", "minimum": 0, "nullable": true })
-}
-
-/// A finite number that is not negative, may be absent.
-pub(super) fn optional_amount(_: &mut SchemaGenerator) -> Schema {
-    json_schema!({ "type": "number", "format": "double", "minimum": 0.0, "nullable": true })
-}
-
-/// A probability.
-pub(super) fn probability(_: &mut SchemaGenerator) -> Schema {
-    json_schema!({ "type": "number", "format": "double", "minimum": 0.0, "maximum": 1.0 })
-}
-
-/// As [`probability`], may be absent.
-pub(super) fn optional_probability(_: &mut SchemaGenerator) -> Schema {
-    json_schema!({ "type": "number", "format": "double", "minimum": 0.0, "maximum": 1.0, "nullable": true })
-}
-
-/// An instant, may be absent.
-pub(super) fn optional_time(_: &mut SchemaGenerator) -> Schema {
-    json_schema!({ "type": "string", "format": "date-time", "nullable": true })
-}
-
-/// A verdict, may be absent.
-pub(super) fn optional_verdict(_: &mut SchemaGenerator) -> Schema {
-    json_schema!({ "type": "string", "enum": ["Converges", "Borderline", "Fails", "Unknown"], "nullable": true })
-}
-
-/// A method, may be absent.
-pub(super) fn optional_method(_: &mut SchemaGenerator) -> Schema {
-    json_schema!({ "type": "string", "enum": ["PC", "DR"], "nullable": true })
-}
-
-/// Kubernetes' conditions, mergeable by type.
-pub(super) fn conditions(_: &mut SchemaGenerator) -> Schema {
-    json_schema!({
-        "type": "array",
-        "x-kubernetes-list-type": "map",
-        "x-kubernetes-list-map-keys": ["type"],
-        "items": {
-            "type": "object",
-            "required": ["type", "status", "lastTransitionTime", "reason", "message"],
-            "properties": {
-                "type": { "type": "string", "maxLength": 316 },
-                "status": { "type": "string", "enum": ["True", "False", "Unknown"] },
-                "lastTransitionTime": { "type": "string", "format": "date-time" },
-                "reason": { "type": "string", "maxLength": 1024 },
-                "message": { "type": "string", "maxLength": 32768 },
-                "observedGeneration": { "type": "integer", "format": "int64", "minimum": 0 }
-            }
-        }
-    })
 }
 
 /// Reads a number that may be written as a number or as text (KubeVirt changes its mind between versions); anything else is `None`.

@@ -9,7 +9,7 @@ use crate::{
         scalar::Duration,
     },
     model::{
-        forecast::{Forecast, Verdict},
+        forecast::{Forecast, Method, Verdict},
         units::{Bandwidth, Bytes, BytesPerSecond},
     },
 };
@@ -19,12 +19,13 @@ pub(super) fn compose(input: &Input<'_>, present: &MigrationForecastSpec, foreca
     let vm = input.vm;
     let total = Duration::from_ms(forecast.total_ms).human();
     let at = at_bandwidth(present);
+    let forecasts = forecasts(forecast);
     let downtime =
         forecast.downtime_ms.map_or_else(String::new, |ms| format!(", the guest stopped for {}", Duration::from_ms(ms).human()));
     let what = match forecast.verdict {
         Verdict::Unknown => return format!("migvisor has no forecast for the live migration of {vm}."),
         Verdict::Converges => {
-            return format!("migvisor forecasts that the live migration of {vm} {at} would take {total}{downtime}.");
+            return format!("{forecasts} that the live migration of {vm} {at} would take {total}{downtime}.");
         }
         Verdict::Borderline if forecast.sla_exceeded => {
             let sla = present.sla.unwrap_or_default();
@@ -33,12 +34,15 @@ pub(super) fn compose(input: &Input<'_>, present: &MigrationForecastSpec, foreca
                 .filter_map(|(what, limit)| limit.map(|limit| format!("a {what} of at most {}", limit.human())))
                 .collect();
             format!(
-                "migvisor forecasts that the live migration of {vm} would break its SLA: {at} it would take {total}{downtime}; wanted is {}",
+                "{forecasts} that the live migration of {vm} would break its SLA: {at} it would take {total}{downtime}; wanted is {}",
                 limits.join(" and ")
             )
         }
+        Verdict::Borderline if forecast.method == Method::DryRun => {
+            format!("{forecasts} that the live migration of {vm} may not converge: {at} it took {total}{downtime}")
+        }
         Verdict::Borderline => format!(
-            "migvisor forecasts that the live migration of {vm} may not converge: {at} it succeeds in {:.0} % of the replays of what the guest \
+            "{forecasts} that the live migration of {vm} may not converge: {at} it succeeds in {:.0} % of the replays of what the guest \
              writes, taking {total}{downtime}",
             forecast.probability * 100.0
         ),
@@ -47,14 +51,23 @@ pub(super) fn compose(input: &Input<'_>, present: &MigrationForecastSpec, foreca
     format!("{what}. {}. Ways out: {}.", needs(forecast), ways_out(input, present, forecast).join("; "))
 }
 
+/// Who says so, and what it rests on where that is more than the observed pattern.
+fn forecasts(forecast: &Forecast) -> &'static str {
+    match forecast.method {
+        Method::PatternCollector => "migvisor forecasts",
+        Method::DryRun => "migvisor forecasts after a dry run",
+    }
+}
+
 fn failure(vm: &str, at: &str, present: &MigrationForecastSpec, forecast: &Forecast) -> String {
     let sure = if forecast.probability <= HOPELESS { "would fail" } else { "would very probably fail" };
+    let forecasts = forecasts(forecast);
     let sent = Bytes(forecast.transferred_bytes).human();
     let memory =
         present.guest_memory.bytes().map_or_else(|_| String::new(), |memory| format!(" for {} of memory", memory.human()));
     let Some(budget) = present.time_budget else {
         return format!(
-            "migvisor forecasts that the live migration of {vm} {sure}: {at} it would never end, because the guest dirties memory faster than \
+            "{forecasts} that the live migration of {vm} {sure}: {at} it would never end, because the guest dirties memory faster than \
              that carries it, and no time budget would stop it (completionTimeoutPerGiB is 0)"
         );
     };
@@ -66,7 +79,7 @@ fn failure(vm: &str, at: &str, present: &MigrationForecastSpec, forecast: &Forec
     // A guest that is merely too large for the budget dirties nothing to speak of: it was not even copied once.
     let cause = if forecast.iterations > 1 { ", because the guest dirties memory faster than that carries it" } else { "" };
     format!(
-        "migvisor forecasts that the live migration of {vm} {sure}: {at} it would still be copying when its time budget of {} is over, having \
+        "{forecasts} that the live migration of {vm} {sure}: {at} it would still be copying when its time budget of {} is over, having \
          sent {sent}{memory}{cause}. {end}",
         budget.human()
     )

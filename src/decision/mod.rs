@@ -138,10 +138,13 @@ pub fn assess(input: &Input<'_>) -> Assessment {
     let Some(forecast) = input.forecast else {
         return unknown(reason::NO_ANSWER, "no forecast has been asked for yet");
     };
-    if forecast.spec != *present {
-        return unknown(reason::OUTDATED, "the VM, its place or its configuration has changed since the forecast was asked for");
-    }
-    let Some(status) = forecast.answer() else {
+    let Some(status) = forecast.answer_to(present) else {
+        if forecast.spec.question_only() != present.question_only() {
+            return unknown(
+                reason::OUTDATED,
+                "the VM, its place or its configuration has changed since the forecast was asked for",
+            );
+        }
         return match forecast.status.as_ref().and_then(|status| status.verdict) {
             Some(_) => unknown(reason::OUTDATED, "the agent has not answered the present question yet"),
             None => unknown(reason::NO_ANSWER, "no agent has answered yet (is one running on the VM's node, and well?)"),

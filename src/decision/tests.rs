@@ -8,6 +8,7 @@ use super::*;
 use crate::{
     api::{
         convert,
+        dry_run::DryRun,
         forecast::{BandwidthSource, Sla},
         scalar,
     },
@@ -37,6 +38,7 @@ fn spec() -> MigrationForecastSpec {
         auto_converge: false,
         paused: false,
         outside_model: None,
+        dry_run: None,
     }
 }
 
@@ -65,10 +67,10 @@ fn model(verdict: Verdict, probability: f64) -> Forecast {
 
 fn object(spec: MigrationForecastSpec, forecast: &Forecast, age_seconds: i64) -> MigrationForecast {
     let measured = now() - SignedDuration::from_secs(age_seconds);
-    let status = MigrationForecastStatus::from_forecast(forecast, &spec.question().unwrap(), 4, measured);
+    let question = spec.question().unwrap();
     let mut object = MigrationForecast::new("wild", spec);
     object.metadata.generation = Some(4);
-    object.status = Some(status);
+    object.status = Some(MigrationForecastStatus::from_forecast(forecast, &question, &object.question(), measured));
     object
 }
 
@@ -139,7 +141,9 @@ fn an_answer_that_does_not_count_is_unknown() {
     let stale = object(spec(), &failing, 20 * MINUTE);
     let future = object(spec(), &failing, -20 * MINUTE);
     let mut older = good.clone();
-    older.metadata.generation = Some(5);
+    older.status.as_mut().unwrap().question = Some(moved.fingerprint());
+    let mut nameless = good.clone();
+    nameless.status.as_mut().unwrap().question = None;
     let mut silent = good.clone();
     silent.status = None;
     let mut incomplete = good.clone();
@@ -147,7 +151,8 @@ fn an_answer_that_does_not_count_is_unknown() {
     let mut absurd = good.clone();
     absurd.status.as_mut().unwrap().probability = Some(0.99);
     let mut unmeasured = good.clone();
-    unmeasured.status = Some(MigrationForecastStatus::unknown(reason::NOT_MEASURED, "no QEMU found", 4, Some(now())));
+    unmeasured.status =
+        Some(MigrationForecastStatus::unknown(reason::NOT_MEASURED, "no QEMU found", &good.question(), Some(now())));
     let mut undated = good.clone();
     undated.status.as_mut().unwrap().measured_at = None;
 
@@ -160,6 +165,7 @@ fn an_answer_that_does_not_count_is_unknown() {
         (with(&stale, &present), reason::STALE),
         (with(&future, &present), reason::STALE),
         (with(&older, &present), reason::OUTDATED),
+        (with(&nameless, &present), reason::OUTDATED),
         (with(&silent, &present), reason::NO_ANSWER),
         (with(&incomplete, &present), reason::NOT_MEASURED),
         (with(&absurd, &present), reason::NOT_MEASURED),
@@ -178,6 +184,40 @@ fn an_answer_that_does_not_count_is_unknown() {
         );
     }
     assert_eq!(decide(&with(&object(spec(), &failing, 20 * MINUTE - 1), &present)).action, Action::Deny, "just fresh");
+}
+
+#[test]
+fn asking_for_a_dry_run_never_outdates_an_answer() {
+    let (mut object, present) = (object(spec(), &model(Verdict::Fails, 0.0), MINUTE), spec());
+    let before = decide(&input(&object, &present, Mode::Enforce));
+    assert_eq!(before.action, Action::Deny);
+    // Asked, in the instant before the agent has seen it; while it runs; withdrawn.
+    for (generation, id) in [(5, Some("by-hand")), (6, Some("another")), (7, None)] {
+        object.metadata.generation = Some(generation);
+        object.spec.dry_run = id.map(|id| DryRun { id: id.into(), ..DryRun::default() });
+        assert_eq!(decide(&input(&object, &present, Mode::Enforce)), before, "{id:?}");
+    }
+    // A change to and fro: what was answered for this question is its answer, whatever is written at the moment.
+    object.spec.bandwidth = scalar::Quantity("1Gi".into());
+    assert_eq!(decide(&input(&object, &present, Mode::Enforce)), before);
+}
+
+#[test]
+fn a_dry_run_is_named_where_it_speaks() {
+    for (verdict, p, says) in [
+        (Verdict::Fails, 0.0, "forecasts after a dry run that the live migration of default/wild would fail: at"),
+        (
+            Verdict::Borderline,
+            1.0,
+            "forecasts after a dry run that the live migration of default/wild may not converge: at 100 MiB/s it took 3.7 s",
+        ),
+        (Verdict::Converges, 1.0, "forecasts after a dry run that the live migration of default/wild at 100 MiB/s would take"),
+    ] {
+        let tried = Forecast { method: Method::DryRun, ..model(verdict, p) };
+        let (object, present) = (object(spec(), &tried, MINUTE), spec());
+        let decision = decide(&input(&object, &present, Mode::Enforce));
+        assert!(decision.message.contains(says), "{}", decision.message);
+    }
 }
 
 #[test]
@@ -231,7 +271,7 @@ fn origins() -> impl Strategy<Value = Origin> {
 proptest! {
     #[test]
     fn it_keeps_its_promises(
-        (verdict, p) in verdicts(), mode in modes(), origin in origins(), age in -100_000..100_000_i64, generation in 3..6_i64,
+        (verdict, p) in verdicts(), mode in modes(), origin in origins(), age in -100_000..100_000_i64, generation in 3..6_i64, answers: bool, asks: bool,
         moved in prop::bool::weighted(0.1), leaves_cluster in prop::bool::weighted(0.1), lcb in prop::option::of(0..u64::MAX), sla_exceeded: bool,
         total_ms in prop::num::f64::ANY, budget: bool,
     ) {
@@ -239,12 +279,16 @@ proptest! {
         let forecast = Forecast { least_convergent_bandwidth: lcb, sla_exceeded, total_ms, ..model(verdict, p) };
         let mut object = object(spec.clone(), &forecast, age);
         object.metadata.generation = Some(generation);
+        object.spec.dry_run = asks.then(DryRun::default);
+        if !answers {
+            object.status.as_mut().unwrap().question = Some("0123456789abcdef".to_owned());
+        }
         let present = if moved { MigrationForecastSpec { node_name: "elsewhere".into(), ..spec } } else { spec };
         let input = Input { leaves_cluster, origin, ..input(&object, &present, mode) };
         let decision = decide(&input);
 
         prop_assert_eq!(&decision, &decide(&input), "the same input, the same answer");
-        let counts = age.abs() < 1200 && generation == 4 && !moved && !leaves_cluster && verdict != Verdict::Unknown;
+        let counts = age.abs() < 1200 && answers && !moved && !leaves_cluster && verdict != Verdict::Unknown;
         if !counts {
             prop_assert_eq!((decision.action, decision.verdict), (Action::Allow, Verdict::Unknown), "what is not known passes in silence");
         }

@@ -11,10 +11,13 @@ use kube::{
     runtime::reflector::{ObjectRef, Store, store::Writer},
 };
 
-use super::question::{self, Desired, Effective};
+use super::{
+    dry_run::{self, Carriage, Case, Wish},
+    question::{self, Desired, Effective},
+};
 use crate::{
     api::{
-        MigrationForecast, PredictionPolicy,
+        MigrationForecast, MigrationForecastSpec, PredictionPolicy,
         kubevirt::{KubeVirt, MigrationPolicy, VirtualMachineInstance, VirtualMachineInstanceMigration},
         policy::{self, Mode},
     },
@@ -145,6 +148,32 @@ impl Knowledge {
     /// What should be asked about a VM now.
     pub fn desired(&self, vmi: &VirtualMachineInstance, policy: Option<&PredictionPolicy>) -> Desired {
         question::desired(vmi, &self.effective(vmi), policy)
+    }
+
+    /// Which dry run in the background is wanted for a VM of which this should be asked.
+    pub fn dry_run(
+        &self,
+        vmi: &VirtualMachineInstance,
+        policy: Option<&PredictionPolicy>,
+        present: &MigrationForecastSpec,
+        in_flight: bool,
+        now: Timestamp,
+    ) -> Wish {
+        let Some(policy) = policy.and_then(|policy| policy.spec.dry_run.as_ref()) else { return Wish::Nothing };
+        let stored = self.forecast(vmi.metadata.namespace.as_deref().unwrap_or_default(), &vmi.name_any());
+        let carriage = Carriage::of(vmi, self.effective(vmi).compression);
+        let stored = stored.as_deref();
+        let case = Case { policy: Some(policy), present, stored, carriage, in_flight, now };
+        // The watch lags behind the writes: two VMs of a node that are looked at at once may both find room. The agent queues them.
+        let busy = || {
+            let others = self.forecasts.state_filter(|other| {
+                other.spec.node_name == present.node_name
+                    && dry_run::is_open(other)
+                    && stored.is_none_or(|stored| stored.metadata.uid != other.metadata.uid)
+            });
+            u64::try_from(others.len()).unwrap_or(u64::MAX)
+        };
+        dry_run::wish(&case, busy)
     }
 
     /// Allow, warn or deny, from what is known now.

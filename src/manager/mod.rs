@@ -9,11 +9,13 @@
 //! | [`watch`] | fills the stores |
 //! | [`knowledge`] | the stores, and what can be asked of them together; admission answers from it |
 //! | [`question`] | pure: from a VM and its configuration to what should be asked |
+//! | [`dry_run`] | pure: whether a dry run in the background is wanted |
 //! | [`observe`] | pure: from what is known to what should be written |
 //! | `apply` | writes it |
 //! | `queue` | which VM is looked at next |
 
 mod apply;
+pub mod dry_run;
 pub mod knowledge;
 pub mod metrics;
 pub mod observe;
@@ -41,6 +43,7 @@ use tracing::{debug, info, warn};
 
 use self::{
     apply::Writer,
+    dry_run::Wish,
     knowledge::Candidate,
     question::Desired,
     queue::Queue,
@@ -50,10 +53,14 @@ use crate::{
     api::{
         MigrationForecast,
         kubevirt::{VirtualMachineInstance, VirtualMachineInstanceMigration},
+        migration::Hint,
     },
     decision::Origin,
     model::forecast::Verdict,
 };
+
+/// A VM that waits for its turn to be dry-run is looked at again after this.
+const QUEUED: Duration = Duration::from_secs(30);
 
 /// How the manager runs.
 #[derive(Debug, Clone)]
@@ -204,10 +211,21 @@ impl Manager {
         };
         let stored = self.knowledge.forecast(&key.namespace, &key.name);
         let policy = self.knowledge.policy(&vmi);
+        // One look through all migrations, and none at all on the way of admission.
+        let migrations = self.knowledge.migrations_of(&key.namespace, &key.name);
+        let mut queued = false;
         match self.knowledge.desired(&vmi, policy.as_deref()) {
-            Desired::Ask(spec) => {
-                if let Some(wanted) = observe::wanted(&vmi, *spec, stored.as_deref()) {
-                    debug!(namespace = key.namespace, vm = key.name, node = wanted.spec.node_name, "asking");
+            Desired::Ask(mut spec) => {
+                let hint = Hint::of(&migrations);
+                let in_flight = hint.is_some() || vmi.is_migrating();
+                match self.knowledge.dry_run(&vmi, policy.as_deref(), &spec, in_flight, Timestamp::now()) {
+                    Wish::Run(dry_run) => spec.dry_run = Some(dry_run),
+                    Wish::Queue => queued = true,
+                    Wish::Nothing => {}
+                }
+                if let Some(wanted) = observe::wanted(&vmi, *spec, hint.as_ref(), stored.as_deref()) {
+                    let dry_run = wanted.spec.dry_run.as_ref().map(|dry_run| dry_run.id.as_str());
+                    debug!(namespace = key.namespace, vm = key.name, node = wanted.spec.node_name, dry_run, "asking");
                     self.writer.ask(&wanted).await?;
                     // The rest when the watch shows it.
                     return Ok(None);
@@ -226,11 +244,11 @@ impl Manager {
             Desired::Wait => {}
         }
         let Some(stored) = stored else { return Ok(None) };
-        // One look through all migrations, and none at all on the way of admission.
-        let migrations = self.knowledge.migrations_of(&key.namespace, &key.name);
         self.tell(key, &vmi, &stored, &migrations).await?;
         self.warn(key, policy.is_some(), &migrations).await;
-        Ok(observe::look_again(&stored, Timestamp::now()))
+        let again = observe::look_again(&stored, Timestamp::now());
+        // Nothing tells this VM that another one's dry run has ended.
+        Ok(if queued { Some(again.map_or(QUEUED, |again| again.min(QUEUED))) } else { again })
     }
 
     /// The manager's part of the status, and the events that go with its changes.

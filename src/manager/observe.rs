@@ -17,6 +17,7 @@ use crate::{
         MigrationForecast, MigrationForecastSpec,
         forecast::Outcome,
         kubevirt::{MigrationState, VirtualMachineInstance, VirtualMachineInstanceMigration},
+        migration::Hint,
         names::{annotation, reason},
         scalar,
     },
@@ -218,9 +219,10 @@ pub fn look_again(forecast: &MigrationForecast, now: Timestamp) -> Option<Durati
 pub fn wanted(
     vmi: &VirtualMachineInstance,
     spec: MigrationForecastSpec,
+    hint: Option<&Hint>,
     stored: Option<&MigrationForecast>,
 ) -> Option<MigrationForecast> {
-    question::object(vmi, spec).filter(|wanted| question::differs(stored, wanted))
+    question::object(vmi, spec, hint).filter(|wanted| question::differs(stored, wanted))
 }
 
 #[cfg(test)]

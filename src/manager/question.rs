@@ -6,12 +6,15 @@ use std::time::Duration;
 
 use kube::{Resource, ResourceExt};
 
+use super::dry_run;
 use crate::{
     api::{
         MigrationForecast, MigrationForecastSpec, PredictionPolicy,
+        dry_run::Compression,
         forecast::{BandwidthSource, BudgetEnd},
         kubevirt::{KubeVirt, MigrationConfiguration, MigrationPolicy, VirtualMachineInstance},
-        names::NODE_LABEL,
+        migration::Hint,
+        names::{NODE_LABEL, hint},
         scalar::Quantity,
     },
     model::{
@@ -38,6 +41,8 @@ pub struct Effective {
     pub when_budget_ends: BudgetEnd,
     /// The guest is throttled.
     pub auto_converge: bool,
+    /// Pages are compressed. No part of the question: the model does not know of it, a dry run does.
+    pub compression: Compression,
 }
 
 /// The configuration of the cluster, with the fields that the winning MigrationPolicy sets laid over it (KubeVirt 1.9,
@@ -73,6 +78,11 @@ pub fn effective(cluster: Option<&KubeVirt>, policy: Option<&MigrationPolicy>) -
             (false, _) => BudgetEnd::Abort,
         },
         auto_converge: above.allow_auto_converge.or(below.allow_auto_converge).unwrap_or(false),
+        // KubeVirt reads it from a policy only.
+        compression: match &above.experimental {
+            Some(experimental) if experimental.compression == "zstd" => Compression::Zstd,
+            _ => Compression::None,
+        },
     }
 }
 
@@ -128,6 +138,7 @@ pub fn desired(vmi: &VirtualMachineInstance, effective: &Effective, policy: Opti
         auto_converge: effective.auto_converge,
         paused: vmi.is("Paused"),
         outside_model: outside_model.map(str::to_owned),
+        dry_run: None,
     }))
 }
 
@@ -165,22 +176,30 @@ fn outside_model(vmi: &VirtualMachineInstance) -> Option<&'static str> {
     }
 }
 
-/// The whole object as the manager applies it: owned by the VM, labelled for the agent of its node. `None`: the VM has no name or UID yet.
-pub fn object(vmi: &VirtualMachineInstance, spec: MigrationForecastSpec) -> Option<MigrationForecast> {
+/// The whole object as the manager applies it: owned by the VM, labelled for the agent of its node, with the hint of a migration that is
+/// under way. `None`: the VM has no name or UID yet.
+pub fn object(vmi: &VirtualMachineInstance, spec: MigrationForecastSpec, hint: Option<&Hint>) -> Option<MigrationForecast> {
     let mut owner = vmi.owner_ref(&())?;
     // Deleting a VM must not wait for its forecast.
     owner.block_owner_deletion = Some(false);
     let mut forecast = MigrationForecast::new(&owner.name, spec);
     forecast.metadata.namespace = vmi.namespace();
     forecast.metadata.labels = Some([(NODE_LABEL.to_owned(), forecast.spec.node_name.clone())].into());
+    forecast.metadata.annotations = hint.map(Hint::annotations);
     forecast.metadata.owner_references = Some(vec![owner]);
     Some(forecast)
 }
 
-/// Does what is stored differ from what is wanted, in what the manager owns?
+/// Does what is stored differ from what is wanted, in what the manager owns? A dry run that somebody else asks for is theirs.
 pub fn differs(stored: Option<&MigrationForecast>, wanted: &MigrationForecast) -> bool {
     let Some(stored) = stored else { return true };
-    stored.spec != wanted.spec
+    let dry_run = match (&stored.spec.dry_run, &wanted.spec.dry_run) {
+        (Some(stored), None) => dry_run::is_ours(stored),
+        (stored, wanted) => stored != wanted,
+    };
+    dry_run
+        || stored.spec.question_only() != wanted.spec.question_only()
+        || [hint::MIGRATION, hint::PHASE].iter().any(|key| stored.annotations().get(*key) != wanted.annotations().get(*key))
         || stored.labels().get(NODE_LABEL) != wanted.labels().get(NODE_LABEL)
         || wanted.owner_references().iter().any(|wanted| stored.owner_references().iter().all(|stored| stored.uid != wanted.uid))
 }

@@ -4,7 +4,7 @@
 use serde_json::{Value, json};
 
 use super::*;
-use crate::api::policy::PredictionPolicySpec;
+use crate::api::{dry_run::DryRun, migration::HintPhase, policy::PredictionPolicySpec};
 
 fn vmi(changes: &Value) -> VirtualMachineInstance {
     let mut object = json!({
@@ -169,7 +169,7 @@ fn what_the_model_does_not_cover_is_asked_with_the_reason() {
 fn the_object_is_owned_labelled_and_written_only_when_it_differs() {
     let vmi = vmi(&json!({}));
     let spec = ask(&vmi, &effective(None, None), None);
-    let wanted = object(&vmi, spec.clone()).unwrap();
+    let wanted = object(&vmi, spec.clone(), None).unwrap();
     assert_eq!((wanted.name_any(), wanted.namespace()), ("vm1".into(), Some("shop".into())));
     assert_eq!(wanted.labels()[NODE_LABEL], "node-1");
     let owner = &wanted.owner_references()[0];
@@ -196,5 +196,44 @@ fn the_object_is_owned_labelled_and_written_only_when_it_differs() {
     }
 
     let unborn = VirtualMachineInstance::default();
-    assert_eq!(object(&unborn, spec), None);
+    assert_eq!(object(&unborn, spec, None), None);
+}
+
+#[test]
+fn a_migration_under_way_is_told_and_a_dry_run_of_others_left_alone() {
+    let vmi = vmi(&json!({}));
+    let spec = ask(&vmi, &effective(None, None), None);
+    let plain = object(&vmi, spec.clone(), None).unwrap();
+    assert!(serde_json::to_value(&plain).unwrap()["metadata"].get("annotations").is_none(), "applied without, so that they go");
+
+    let hint = |phase| Hint { migration_uid: "uid-m1".into(), phase };
+    let told = object(&vmi, spec.clone(), Some(&hint(HintPhase::Pending))).unwrap();
+    assert!(differs(Some(&plain), &told) && differs(Some(&told), &plain) && !differs(Some(&told), &told));
+    assert!(differs(Some(&told), &object(&vmi, spec.clone(), Some(&hint(HintPhase::Running))).unwrap()));
+    let mut annotated = plain.clone();
+    annotated.annotations_mut().insert("somebody".into(), "else's".into());
+    assert!(!differs(Some(&annotated), &plain));
+    assert_eq!(told.spec.fingerprint(), plain.spec.fingerprint());
+
+    let with = |id: &str| {
+        let dry_run = DryRun { id: id.into(), ..DryRun::default() };
+        object(&vmi, MigrationForecastSpec { dry_run: Some(dry_run), ..spec.clone() }, None).unwrap()
+    };
+    assert!(!differs(Some(&with("by-hand")), &plain), "theirs stands");
+    assert!(differs(Some(&with("doubt-1-1")), &plain), "ours is withdrawn");
+    assert!(differs(Some(&plain), &with("doubt-1-1")) && !differs(Some(&with("doubt-1-1")), &with("doubt-1-1")));
+}
+
+#[test]
+fn compression_is_a_migration_policys_alone() {
+    let zstd = json!({ "experimental": { "compression": "zstd" } });
+    assert_eq!(effective(None, Some(&migration_policy(&zstd))).compression, Compression::Zstd);
+    assert_eq!(effective(Some(&kubevirt(&zstd)), None).compression, Compression::None);
+    for odd in [
+        json!({ "experimental": { "compression": "none" } }),
+        json!({ "experimental": 7 }),
+        json!({ "experimental": { "compression": 3 } }),
+    ] {
+        assert_eq!(effective(None, Some(&migration_policy(&odd))).compression, Compression::None, "{odd}");
+    }
 }
