@@ -1,6 +1,9 @@
-//! Where a pod's QEMU is. The one place that knows; today a directory of QMP sockets named by pod UID.
+//! Where a pod's QEMU is. The one place that knows: the pods' directories of the kubelet, or a directory of QMP sockets.
 //!
 //! In: a pod UID from an object, so any text. Out: what the collector looks at, or why there is nothing to look at.
+//!
+//! What lies in a pod's directory belongs to the pod, which may be hostile: its libvirt is only believed as far as the kernel
+//! vouches for who it is.
 
 use std::{
     io,
@@ -8,13 +11,22 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::collector::Target;
+use crate::{
+    collector::Target,
+    qemu::{
+        libvirt::{LibvirtAddress, Owner, Socket},
+        process::{PodUid, ProcessError, Processes},
+    },
+};
+
+/// Where virt-launcher's libvirt listens, from the pod's directory on (KubeVirt: `pkg/virt-controller/services/rendervolumes.go`).
+const LIBVIRT_SOCKET: &str = "volumes/kubernetes.io~empty-dir/libvirt-runtime/virtqemud-sock";
 
 /// Why a VM was not found.
 #[derive(Debug, thiserror::Error)]
 pub enum LocateError {
     /// It could lead anywhere, so it becomes no path.
-    #[error("spec.podUID is no pod UID: it may hold only letters, digits and dashes; the question has to be written anew")]
+    #[error("spec.podUID is no pod UID, which is a UUID in lower case; the question has to be written anew")]
     NotAUid,
     /// No socket of that name.
     #[error("no QEMU of this pod is on this node ({} is missing): the VM is gone or still starting; nothing to do if it just moved", path.display())]
@@ -36,6 +48,9 @@ pub enum LocateError {
         /// What the kernel says.
         source: io::Error,
     },
+    /// No process is the pod's QEMU.
+    #[error(transparent)]
+    Process(#[from] ProcessError),
 }
 
 /// Finds the QEMU of a pod.
@@ -73,6 +88,35 @@ impl Locate for SocketDirectory {
     }
 }
 
+/// The pods' directories, as the kubelet lays them out: `DIR/<podUID>/volumes/…`; through the libvirt of each pod.
+#[derive(Debug, Clone)]
+pub struct PodsDirectory {
+    directory: PathBuf,
+    processes: Option<Processes>,
+}
+
+impl PodsDirectory {
+    /// Looks the pod's QEMU up among these processes, and holds whoever listens against the pod's cgroup.
+    pub fn new(directory: impl AsRef<Path>, processes: Processes) -> Self {
+        Self { directory: directory.as_ref().to_owned(), processes: Some(processes) }
+    }
+
+    /// Sees no processes: then QEMU has to measure by itself, and whoever listens in the pod's own directory is believed.
+    pub fn without_processes(directory: impl AsRef<Path>) -> Self {
+        Self { directory: directory.as_ref().to_owned(), processes: None }
+    }
+}
+
+impl Locate for PodsDirectory {
+    fn locate(&self, pod_uid: &str) -> Result<Target, LocateError> {
+        let pod: PodUid = pod_uid.parse().map_err(|_| LocateError::NotAUid)?;
+        let pid = self.processes.as_ref().map(|processes| processes.qemu_of(&pod)).transpose()?;
+        let socket = Socket::beneath(&self.directory, Path::new(pod_uid).join(LIBVIRT_SOCKET));
+        let owner = self.processes.clone().map(|processes| Owner { pod, processes });
+        Ok(Target { monitor: LibvirtAddress { socket, domain: None, owner }.into(), pid })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
@@ -98,5 +142,26 @@ mod tests {
         std::fs::remove_file(dir.join(format!("{UID}.sock"))).unwrap();
         let _socket = UnixListener::bind(dir.join(format!("{UID}.sock"))).unwrap();
         assert_eq!(here.locate(UID).unwrap().monitor, dir.join(format!("{UID}.sock")).into());
+    }
+
+    #[test]
+    fn a_pod_is_found_by_its_uid_and_its_cgroup_only() {
+        let proc = tempfile::tempdir().unwrap();
+        let pods = PodsDirectory::new("/pods", Processes::new(proc.path()));
+        for uid in ["", "../x", "..", UID.to_uppercase().as_str(), &format!("{UID}/../x"), &format!("{UID}\0"), "vm1"] {
+            assert!(matches!(pods.locate(uid), Err(LocateError::NotAUid)), "{uid:?}");
+            assert!(matches!(PodsDirectory::without_processes("/pods").locate(uid), Err(LocateError::NotAUid)), "{uid:?}");
+        }
+        let none = pods.locate(UID).unwrap_err();
+        assert!(matches!(&none, LocateError::Process(ProcessError::None { .. })), "{none:?}");
+        let process = proc.path().join("42");
+        std::fs::create_dir(&process).unwrap();
+        std::fs::write(process.join("comm"), "qemu-kvm\n").unwrap();
+        std::fs::write(process.join("cgroup"), format!("0::/kubepods/pod{UID}/1\n")).unwrap();
+        let target = pods.locate(UID).unwrap();
+        assert_eq!(target.pid, Some(42));
+        let text = target.monitor.to_string();
+        assert!(text.ends_with(&format!("/pods/{UID}/volumes/kubernetes.io~empty-dir/libvirt-runtime/virtqemud-sock")), "{text}");
+        assert_eq!(PodsDirectory::without_processes("/pods").locate(UID).unwrap().pid, None);
     }
 }

@@ -86,6 +86,8 @@ enum LookError {
     Locate(#[from] locate::LocateError),
     #[error(transparent)]
     Collect(#[from] CollectError),
+    #[error("the VM could not be looked for: {0}; this is a defect of migvisor, please report it")]
+    Find(tokio::task::JoinError),
     #[error("the look did not end within {} s; look for a hanging QEMU monitor", .0.as_secs())]
     Timeout(Duration),
     #[error("the question is no more")]
@@ -101,7 +103,7 @@ impl LookError {
     fn result(&self) -> &'static str {
         match self {
             Self::Locate(_) => "not_found",
-            Self::Collect(_) | Self::Pattern(_) | Self::Describe(_) => "failed",
+            Self::Collect(_) | Self::Pattern(_) | Self::Describe(_) | Self::Find(_) => "failed",
             Self::Timeout(_) => "timeout",
             Self::GivenUp => "given_up",
         }
@@ -120,7 +122,7 @@ pub async fn run(
     let metrics = AgentMetrics::new(registry)?;
     let ready = readiness.wait_for("watch of MigrationForecasts");
     let (questions, watching) = watch::questions(client.clone(), options.node.clone(), ready, shutdown.clone());
-    let agent = Agent { client, options, locate, metrics, questions, vms: BTreeMap::new(), looks: 0 };
+    let agent = Agent { client, options, locate: Arc::new(locate), metrics, questions, vms: BTreeMap::new(), looks: 0 };
     tokio::select! {
         ended = agent.work(&shutdown) => ended,
         () = watching => if shutdown.is_ending() { Ok(()) } else { Err(AgentError::WatchEnded) },
@@ -130,7 +132,7 @@ pub async fn run(
 struct Agent<L> {
     client: Client,
     options: Options,
-    locate: L,
+    locate: Arc<L>,
     metrics: AgentMetrics,
     questions: Receiver<Questions>,
     vms: BTreeMap<Key, Vm>,
@@ -217,7 +219,8 @@ impl<L: Locate> Agent<L> {
 
     /// One look. Given up as soon as nobody asks about this pod any more.
     async fn observe(&self, key: &Key, pod_uid: &str) -> Result<Seen, LookError> {
-        let target = self.locate.locate(pod_uid)?;
+        let (locate, uid) = (Arc::clone(&self.locate), pod_uid.to_owned());
+        let target = spawn_blocking(move || locate.locate(&uid)).await.map_err(LookError::Find)??;
         // Other pages each time: what one draw of samples misses, the next one sees.
         let seed = self.options.look.seed.wrapping_add(self.looks);
         let look = LookOptions { seed, ..self.options.look.clone() };

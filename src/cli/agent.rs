@@ -5,10 +5,14 @@
 use std::{net::SocketAddr, path::PathBuf};
 
 use crate::{
-    agent::{self, Options, locate::SocketDirectory},
+    agent::{
+        self, Options,
+        locate::{Locate, LocateError, PodsDirectory, SocketDirectory},
+    },
     api::scalar::Duration,
-    collector::{LookOptions, SourceKind},
+    collector::{LookOptions, SourceKind, Target},
     model::forecast::HostConstants,
+    qemu::process::Processes,
     runtime::{
         client,
         health::{self, Readiness},
@@ -20,13 +24,17 @@ use crate::{
 
 /// The flags of `migvisor agent`.
 #[derive(Debug, Clone, clap::Args)]
+#[command(group = clap::ArgGroup::new("vms").args(["pods_dir", "qmp_dir"]).required(true))]
 pub struct AgentArgs {
     /// Name of this node, as in the spec.nodeName of its pods
     #[arg(long, env = "NODE_NAME", value_name = "NAME", value_parser = node_name)]
     pub node: String,
-    /// Directory of QMP sockets, one `<pod UID>.sock` for each VM
+    /// The kubelet's directory of pods, where each VM's libvirt is found (mount /var/lib/kubelet/pods there)
     #[arg(long, value_name = "DIR")]
-    pub qmp_dir: PathBuf,
+    pub pods_dir: Option<PathBuf>,
+    /// Directory of QMP sockets, one `<pod UID>.sock` for each VM: where there is no KubeVirt
+    #[arg(long, value_name = "DIR")]
+    pub qmp_dir: Option<PathBuf>,
     /// How to reach the API server; else $KUBECONFIG, ~/.kube/config or the pod's service account
     #[arg(long, value_name = "FILE")]
     pub kubeconfig: Option<PathBuf>,
@@ -36,7 +44,7 @@ pub struct AgentArgs {
     /// How long one look at a VM takes, 1s to 60s
     #[arg(long, value_name = "DURATION", default_value = "12s", value_parser = between::<1, 60>)]
     pub look: Duration,
-    /// How VMs are looked at
+    /// How VMs are looked at; `page-sampling` and `dirty-bitmap` need neither the node's processes nor any right to look into them
     #[arg(long, value_enum, default_value_t = SourceKind::Auto)]
     pub source: SourceKind,
     /// How old a pattern gets before the VM is looked at again, 5s to 13m
@@ -56,9 +64,13 @@ pub struct AgentArgs {
 /// Why the agent cannot run.
 #[derive(Debug, thiserror::Error)]
 pub enum AgentCommandError {
-    /// The directory of sockets is none.
-    #[error("--qmp-dir {}: {why}; name the directory that holds one <pod UID>.sock for each VM", path.display())]
-    QmpDir {
+    /// The directory of VMs is none.
+    #[error("{flag} {}: {why}; name the directory that holds {holds} for each VM", path.display())]
+    Directory {
+        /// Which was given.
+        flag: &'static str,
+        /// What it should hold.
+        holds: &'static str,
         /// What was given.
         path: PathBuf,
         /// What is wrong with it.
@@ -121,14 +133,48 @@ fn host_constants(path: Option<&PathBuf>) -> Result<HostConstants, AgentCommandE
     Ok(host)
 }
 
+/// Where VMs are looked for.
+#[derive(Debug)]
+enum Vms {
+    Pods(PodsDirectory),
+    Sockets(SocketDirectory),
+}
+
+impl Vms {
+    fn new(args: &AgentArgs) -> Result<Self, AgentCommandError> {
+        let (flag, holds, path) = match (&args.pods_dir, &args.qmp_dir) {
+            (Some(path), _) => ("--pods-dir", "the <pod UID>/volumes", path),
+            (None, Some(path)) => ("--qmp-dir", "one <pod UID>.sock", path),
+            // The command line is judged before.
+            (None, None) => ("--pods-dir", "the <pod UID>/volumes", &PathBuf::new()),
+        };
+        let wrong = |why: String| AgentCommandError::Directory { flag, holds, path: path.clone(), why };
+        match std::fs::metadata(path) {
+            Ok(found) if found.is_dir() => {}
+            Ok(_) => return Err(wrong("it is no directory".to_owned())),
+            Err(error) => return Err(wrong(error.to_string())),
+        }
+        Ok(match (&args.pods_dir, args.source) {
+            (None, _) => Self::Sockets(SocketDirectory::new(path)),
+            (Some(_), SourceKind::PageSampling | SourceKind::DirtyBitmap) => Self::Pods(PodsDirectory::without_processes(path)),
+            (Some(_), SourceKind::Auto | SourceKind::Sampler) => Self::Pods(PodsDirectory::new(path, Processes::default())),
+        })
+    }
+}
+
+impl Locate for Vms {
+    fn locate(&self, pod_uid: &str) -> Result<Target, LocateError> {
+        match self {
+            Self::Pods(pods) => pods.locate(pod_uid),
+            Self::Sockets(sockets) => sockets.locate(pod_uid),
+        }
+    }
+}
+
 /// Runs until SIGTERM or SIGINT.
 pub async fn run(args: AgentArgs) -> Result<(), AgentCommandError> {
     let host = host_constants(args.host.as_ref())?;
-    match std::fs::metadata(&args.qmp_dir) {
-        Ok(found) if found.is_dir() => {}
-        Ok(_) => return Err(AgentCommandError::QmpDir { path: args.qmp_dir, why: "it is no directory".to_owned() }),
-        Err(error) => return Err(AgentCommandError::QmpDir { path: args.qmp_dir, why: error.to_string() }),
-    }
+    let vms = Vms::new(&args)?;
     telemetry::init(&args.log)?;
     let client = client::connect(args.kubeconfig.as_deref()).await?;
     let (trigger, shutdown) = Shutdown::on_signals(args.drain.0).map_err(AgentCommandError::Signals)?;
@@ -140,7 +186,7 @@ pub async fn run(args: AgentArgs) -> Result<(), AgentCommandError> {
     let options = Options { node: args.node, look, refresh: args.refresh.0, host };
     let serving = server.run(metrics.clone(), readiness.clone(), shutdown.clone());
     let answers = async {
-        let ended = agent::run(client, options, SocketDirectory::new(&args.qmp_dir), &metrics, &readiness, shutdown).await;
+        let ended = agent::run(client, options, vms, &metrics, &readiness, shutdown).await;
         if ended.is_err() {
             // Nothing left to drain for.
             trigger.stop();
@@ -199,9 +245,21 @@ mod tests {
 
     #[tokio::test]
     async fn a_missing_directory_is_named_before_anything_starts() {
-        let mut args = parse(&[]).unwrap();
-        args.qmp_dir = PathBuf::from("no/such/directory");
-        let error = run(args).await.unwrap_err().to_string();
-        assert!(error.contains("no/such/directory") && error.contains("<pod UID>.sock"), "{error}");
+        for (flag, holds) in [("--qmp-dir", "<pod UID>.sock"), ("--pods-dir", "<pod UID>/volumes")] {
+            let command = Command::try_parse_from(["agent", "--node", "n1", flag, "no/such/directory"]).unwrap();
+            let error = run(command.args).await.unwrap_err().to_string();
+            assert!(error.contains("no/such/directory") && error.contains(holds) && error.contains(flag), "{error}");
+        }
+    }
+
+    #[test]
+    fn vms_are_looked_for_in_one_place() {
+        assert!(parse(&["--pods-dir", "/pods"]).unwrap_err().contains("cannot be used with"));
+        assert!(Command::try_parse_from(["agent", "--node", "n1"]).is_err());
+        for (source, sees) in [("auto", true), ("sampler", true), ("page-sampling", false), ("dirty-bitmap", false)] {
+            let command = Command::try_parse_from(["agent", "--node", "n1", "--pods-dir", "/", "--source", source]).unwrap();
+            let missing = Vms::new(&command.args).unwrap().locate("0f6c3f0e-0a3b-4b62-9c5e-6f6b3a1b2c3d");
+            assert_eq!(missing.is_err(), sees, "{source}: {missing:?}");
+        }
     }
 }

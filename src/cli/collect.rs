@@ -53,7 +53,7 @@ pub(super) async fn look(args: &LookArgs) -> anyhow::Result<Observation> {
     bar.enable_steady_tick(Duration::from_millis(200));
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a share of 1000")]
     let note = |Progress(share): Progress| bar.set_position((share.clamp(0.0, 1.0) * 1000.0) as u64);
-    let seen = observe(&args.target(), &args.options()?, note).await;
+    let seen = observe(&args.target()?, &args.options()?, note).await;
     bar.finish_and_clear();
     Ok(seen?)
 }

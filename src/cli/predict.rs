@@ -12,7 +12,7 @@ use super::{
 use crate::{
     collector::{CollectError, Observation},
     model::predict::forecast,
-    qemu::vm::VmError,
+    qemu::{libvirt::LibvirtError, qmp::QmpError, vm::VmError},
 };
 
 /// Arguments of `migvisor predict`.
@@ -35,6 +35,9 @@ pub async fn run(args: PredictArgs) -> anyhow::Result<ExitCode> {
         Ok(observation) => answer(&observation, &args.question, args.output),
         Err(error) => match error.downcast_ref::<CollectError>() {
             Some(CollectError::Vm(why)) if cannot_be_judged(why) => output::unknown(&why.to_string(), args.output),
+            Some(CollectError::Qmp(QmpError::Libvirt(why @ LibvirtError::Locked))) => {
+                output::unknown(&why.to_string(), args.output)
+            }
             _ => Err(error),
         },
     }
@@ -48,6 +51,7 @@ pub(super) fn answer(observation: &Observation, question: &QuestionArgs, format:
 
 /// Nothing is wrong with the question; this VM has no answer now.
 fn cannot_be_judged(why: &VmError) -> bool {
-    use VmError::{Ended, Incoming, MeasurementBusy, Migrating, RamUnclear};
-    matches!(why, Migrating { .. } | Incoming | Ended { .. } | RamUnclear { .. } | MeasurementBusy { .. })
+    use VmError::{Ended, Incoming, MeasurementBusy, Migrating, Qmp, RamUnclear};
+    let locked = matches!(why, Qmp(QmpError::Libvirt(LibvirtError::Locked)));
+    locked || matches!(why, Migrating { .. } | Incoming | Ended { .. } | RamUnclear { .. } | MeasurementBusy { .. })
 }

@@ -4,7 +4,7 @@
 use std::{fs, path::PathBuf, time::Duration};
 
 use anyhow::{Context, bail};
-use clap::Args;
+use clap::{ArgGroup, Args};
 
 use crate::{
     api::scalar,
@@ -14,6 +14,7 @@ use crate::{
         kubevirt::{DEFAULT_COMPLETION_TIMEOUT_PER_GIB, time_budget},
         units::{Bandwidth, Bytes, BytesPerSecond, FASTEST, SLOWEST},
     },
+    qemu::libvirt::{LibvirtAddress, Socket},
 };
 
 /// QEMU's own end: 2 000 s.
@@ -80,12 +81,18 @@ impl QuestionArgs {
 
 /// Which VM, and how to look at it.
 #[derive(Debug, Args)]
-#[command(next_help_heading = "VM")]
+#[command(next_help_heading = "VM", group = ArgGroup::new("vm").args(["qmp", "libvirt"]).required(true))]
 pub(super) struct LookArgs {
     /// QEMU's QMP socket. QEMU serves one client per socket: give it one of its own.
     #[arg(long, value_name = "SOCKET")]
-    qmp: PathBuf,
-    /// QEMU's process. Default: whoever is at the other end of the socket.
+    qmp: Option<PathBuf>,
+    /// The libvirt daemon that runs the VM: `qemu:///system`, `qemu:///session`, or the path of its socket.
+    #[arg(long, value_name = "URI")]
+    libvirt: Option<Socket>,
+    /// The name of its domain. Default: the only one that runs there.
+    #[arg(long, value_name = "NAME", requires = "libvirt")]
+    domain: Option<String>,
+    /// QEMU's process. Default: whoever is at the other end of the QMP socket, or bears the domain's UUID.
     #[arg(long, value_parser = clap::value_parser!(i32).range(1..))]
     pid: Option<i32>,
     /// How long to look: about as long as the migration would take.
@@ -97,8 +104,14 @@ pub(super) struct LookArgs {
 }
 
 impl LookArgs {
-    pub(super) fn target(&self) -> Target {
-        Target { monitor: self.qmp.clone().into(), pid: self.pid }
+    pub(super) fn target(&self) -> anyhow::Result<Target> {
+        let monitor = match (&self.qmp, &self.libvirt) {
+            (Some(socket), None) => socket.clone().into(),
+            (None, Some(socket)) => LibvirtAddress { socket: socket.clone(), domain: self.domain.clone(), owner: None }.into(),
+            // The command line is judged before.
+            _ => bail!("name one VM: --qmp SOCKET, or --libvirt URI and --domain NAME"),
+        };
+        Ok(Target { monitor, pid: self.pid })
     }
 
     pub(super) fn options(&self) -> anyhow::Result<LookOptions> {

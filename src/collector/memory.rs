@@ -4,9 +4,10 @@
 //! Contents are hashed at once and never kept.
 
 use std::{
-    fs::File,
-    io::{self, IoSliceMut},
+    fs::{self, File},
+    io::{self, IoSliceMut, Read},
     os::unix::fs::FileExt,
+    sync::atomic::{AtomicBool, Ordering},
 };
 
 use nix::{
@@ -25,6 +26,10 @@ const BATCH: usize = 256;
 const PAGE_BYTES: usize = 4096;
 /// Entries of `/proc/PID/pagemap` read at once.
 const PAGEMAP_BATCH: usize = 16 * 1024;
+/// More runs of touched pages than memory that is used normally has; each takes 16 bytes of ours.
+const MOST_RUNS: usize = 4 << 20;
+/// Longer than the kernel's own limit of 65 530 mappings makes `/proc/PID/maps`, bytes.
+const LONGEST_MAPS: u64 = 64 << 20;
 const PRESENT: u64 = 1 << 63;
 const SWAPPED: u64 = 1 << 62;
 
@@ -43,6 +48,21 @@ pub enum MemoryError {
     /// No such process any more.
     #[error("process {pid} is gone: the VM stopped or moved to another node while it was being looked at")]
     Gone {
+        /// The QEMU process.
+        pid: i32,
+    },
+    /// It is not the process that QEMU's monitor spoke of.
+    #[error(
+        "process {pid} has no such memory as this VM's QEMU describes: it is another VM's, or memory has just been plugged; name \
+         the right process with --pid, or measure through QEMU with --source dirty-bitmap"
+    )]
+    Elsewhere {
+        /// The process.
+        pid: i32,
+    },
+    /// Memory in so many pieces that a list of them would be a burden.
+    #[error("the memory of process {pid} is in more than {MOST_RUNS} pieces: measure through QEMU with --source dirty-bitmap")]
+    Scattered {
         /// The QEMU process.
         pid: i32,
     },
@@ -110,14 +130,47 @@ impl GuestMemory {
         self.pages
     }
 
-    /// What the guest, or QEMU for it, has touched.
-    pub fn touched(&self) -> Result<Touched, MemoryError> {
-        let map = File::open(format!("/proc/{}/pagemap", self.pid)).map_err(|error| self.io(error))?;
+    /// Makes sure that the process has memory where QEMU says that the guest's is, and that we may look at it: cheap, and no
+    /// page is touched. QEMU's addresses are random, so another process does not meet them.
+    pub fn check(&self) -> Result<(), MemoryError> {
+        let mut maps = String::new();
+        let file = File::open(format!("/proc/{}/maps", self.pid)).map_err(|error| self.io(error))?;
+        file.take(LONGEST_MAPS).read_to_string(&mut maps).map_err(|error| self.io(error))?;
+        let mapped = writable(&maps);
+        let held = |&(_, length, address): &(u64, u64, u64)| {
+            let end = length.checked_mul(PAGE).and_then(|bytes| address.checked_add(bytes));
+            end.is_some_and(|end| mapped.iter().any(|range| range.0 <= address && end <= range.1))
+        };
+        // A process on its way out keeps its name and has lost its memory.
+        if maps.is_empty() {
+            return Err(MemoryError::Gone { pid: self.pid });
+        }
+        if !self.blocks.iter().all(held) {
+            return Err(MemoryError::Elsewhere { pid: self.pid });
+        }
+        self.pagemap().map(drop)
+    }
+
+    fn pagemap(&self) -> Result<File, MemoryError> {
+        File::open(format!("/proc/{}/pagemap", self.pid)).map_err(|error| self.io(error))
+    }
+
+    /// What the guest, or QEMU for it, has touched; `None` when told to stop. Takes about 10 ms for each GiB: call it off the
+    /// async threads. Huge pages are told of as the pages that they are made of.
+    pub fn touched(&self, stop: &AtomicBool) -> Result<Option<Touched>, MemoryError> {
+        self.check()?;
+        let map = self.pagemap()?;
         let mut touched = Touched::default();
         let mut buffer = vec![0_u8; PAGEMAP_BATCH * 8];
         for &(first, length, address) in &self.blocks {
             let mut done = 0;
             while done < length {
+                if stop.load(Ordering::Relaxed) {
+                    return Ok(None);
+                }
+                if touched.present.len().saturating_add(touched.swapped.len()) > MOST_RUNS {
+                    return Err(MemoryError::Scattered { pid: self.pid });
+                }
                 let count = usize::try_from(length - done).unwrap_or(usize::MAX).min(PAGEMAP_BATCH);
                 let Some(entries) = buffer.get_mut(..count * 8) else { break };
                 map.read_exact_at(entries, (address / PAGE + done) * 8).map_err(|error| self.io(error))?;
@@ -136,7 +189,12 @@ impl GuestMemory {
                 done += count as u64;
             }
         }
-        Ok(touched)
+        Ok(Some(touched))
+    }
+
+    /// How many bytes the process holds in memory, its own included: more than the guest's. Everybody may know.
+    pub fn resident(&self) -> Option<Bytes> {
+        resident(&fs::read_to_string(format!("/proc/{}/status", self.pid)).ok()?)
     }
 
     /// Reads the pages and calls `seen` with the index into `pages` and what was read.
@@ -167,6 +225,32 @@ impl GuestMemory {
     fn io(&self, source: io::Error) -> MemoryError {
         of(self.pid, source)
     }
+}
+
+/// The ranges of `/proc/PID/maps` that may be written to, neighbours joined, ascending.
+fn writable(maps: &str) -> Vec<(u64, u64)> {
+    let mut ranges: Vec<(u64, u64)> = vec![];
+    for line in maps.lines() {
+        let mut words = line.split_ascii_whitespace();
+        let (Some(range), Some(rights)) = (words.next(), words.next()) else { continue };
+        let Some((start, end)) = range.split_once('-') else { continue };
+        let (Ok(start), Ok(end)) = (u64::from_str_radix(start, 16), u64::from_str_radix(end, 16)) else { continue };
+        match ranges.last_mut() {
+            _ if !rights.starts_with("rw") => {}
+            Some(last) if last.1 == start => last.1 = end,
+            _ => ranges.push((start, end)),
+        }
+    }
+    ranges
+}
+
+/// Of `/proc/PID/status`: what is nobody's file, what is shared, and what huge pages hold, which the kernel counts apart.
+fn resident(status: &str) -> Option<Bytes> {
+    let kib = |line: &str| line.split_ascii_whitespace().nth(1)?.parse::<u64>().ok();
+    let parts = ["RssAnon:", "RssShmem:", "HugetlbPages:"];
+    let counted: Vec<u64> =
+        status.lines().filter(|line| parts.iter().any(|part| line.starts_with(part))).filter_map(kib).collect();
+    (!counted.is_empty()).then(|| Bytes(counted.iter().fold(0_u64, |sum, kib| sum.saturating_add(*kib)).saturating_mul(1024)))
 }
 
 fn address(blocks: &[(u64, u64, u64)], page: u64) -> Option<u64> {
@@ -251,10 +335,45 @@ mod tests {
         let at = skip + 700 * PAGE_BYTES;
         memory[at] = 7;
         let guest = own(&memory[skip..skip + 1999 * PAGE_BYTES]);
-        let present = guest.touched().unwrap().present;
+        let present = guest.touched(&AtomicBool::new(false)).unwrap().unwrap().present;
+        assert_eq!(guest.touched(&AtomicBool::new(true)).unwrap(), None, "told to stop");
         assert!(present.iter().any(|&(first, length)| (first..first + length).contains(&700)), "{present:?}");
         let count: u64 = present.iter().map(|run| run.1).sum();
         assert!(count < 1999, "everything became present by looking");
+    }
+
+    #[test]
+    fn another_process_is_not_taken_for_the_vms() {
+        let memory = vec![1_u8; 4 * PAGE_BYTES];
+        own(&memory).check().unwrap();
+        let block = |host_address, used| RamBlock {
+            name: "x".into(),
+            page_size: Bytes(PAGE),
+            used: Bytes(used),
+            total: Bytes(used),
+            host_address,
+            read_only: false,
+        };
+        let pid = i32::try_from(std::process::id()).unwrap();
+        // Nowhere; our own program, which nobody may write; memory that begins here and has no end.
+        for (address, used) in [
+            (PAGE, PAGE),
+            (another_process_is_not_taken_for_the_vms as fn() as usize as u64 & !(PAGE - 1), PAGE),
+            (memory.as_ptr().addr() as u64, 1 << 47),
+            (u64::MAX - PAGE + 1, 2 * PAGE),
+        ] {
+            let guest = GuestMemory::new(pid, &[block(address, used)]);
+            assert!(matches!(guest.check(), Err(MemoryError::Elsewhere { .. })), "{address:x}");
+            assert!(guest.touched(&AtomicBool::new(false)).is_err());
+        }
+    }
+
+    #[test]
+    fn everything_that_is_held_is_counted() {
+        let status = "Name:\tqemu\nVmRSS:\t   700 kB\nRssAnon:\t     10 kB\nRssFile:\t     99 kB\nRssShmem:\t    20 kB\nHugetlbPages:\t    2048 kB\n";
+        assert_eq!(resident(status), Some(Bytes(2078 * 1024)));
+        assert_eq!(resident("Name: x"), None);
+        assert!(own(&[]).resident().unwrap().0 > 1 << 20);
     }
 
     #[test]
@@ -272,6 +391,6 @@ mod tests {
         };
         let mut guest = GuestMemory::new(pid, &[block]);
         assert!(matches!(guest.read(&[0], |_, _| ()), Err(MemoryError::Gone { .. })));
-        assert!(matches!(guest.touched(), Err(MemoryError::Gone { .. })));
+        assert!(matches!(guest.touched(&AtomicBool::new(false)), Err(MemoryError::Gone { .. })));
     }
 }

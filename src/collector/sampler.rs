@@ -46,7 +46,7 @@ pub fn look(
     let whole = duration + SCOUTING.1 * SCOUTING.0;
     let began = Instant::now();
     let report = |at: Instant| progress((at.duration_since(began).as_secs_f64() / whole.as_secs_f64()).min(1.0));
-    let Touched { present, swapped } = memory.touched()?;
+    let Some(Touched { present, swapped }) = memory.touched(stop)? else { return Ok(None) };
     let everything: u64 = present.iter().map(|run| run.1).sum();
 
     let scouts = spread(&present, everything, SCOUTS, &mut rng);

@@ -1,7 +1,6 @@
 //! The ways to look at a VM, behind one trait, and the choice between them.
 
 use std::{
-    fs,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -13,18 +12,15 @@ use tokio::{task::spawn_blocking, time::sleep};
 
 use super::{
     CollectError, LookOptions, Progress, Seen, SourceKind,
-    memory::GuestMemory,
+    memory::{GuestMemory, MemoryError},
     sampler,
     windows::{Windows, measure},
 };
-use crate::{
-    model::units::PAGE,
-    qemu::{
-        dirty_rate::DirtyRateMode,
-        monitor::Monitor,
-        ram::{guest_ram, guest_ram_bytes},
-        vm::{ensure_measurable, kvm_enabled},
-    },
+use crate::qemu::{
+    dirty_rate::DirtyRateMode,
+    monitor::Monitor,
+    ram::{guest_ram, guest_ram_bytes},
+    vm::{ensure_measurable, kvm_enabled},
 };
 
 /// How often a running look makes sure that no migration has started.
@@ -81,7 +77,7 @@ impl Chosen {
             SourceKind::Auto => {
                 if let Some(pid) = pid
                     && let Ok(ram) = guest_ram(monitor).await
-                    && GuestMemory::new(pid, &ram.blocks).touched().is_ok()
+                    && spawn_blocking(move || GuestMemory::new(pid, &ram.blocks).check()).await.is_ok_and(|seen| seen.is_ok())
                 {
                     return Ok(Self::Sampler(PageSampler { pid }));
                 }
@@ -162,14 +158,18 @@ impl Source for DirtyRateSource {
 /// Guest pages that the kernel holds in memory: counted where that is allowed, else all of QEMU's own.
 async fn resident_pages(monitor: &mut Monitor, pid: i32) -> Option<u64> {
     let ram = guest_ram(monitor).await.ok()?;
-    if let Ok(touched) = GuestMemory::new(pid, &ram.blocks).touched() {
-        return Some(touched.present.iter().chain(&touched.swapped).map(|run| run.1).sum());
-    }
-    // Readable by everybody: resident pages, and those of them that are files'.
-    let statm = fs::read_to_string(format!("/proc/{pid}/statm")).ok()?;
-    let mut fields = statm.split_ascii_whitespace().skip(1).map_while(|field| field.parse::<u64>().ok());
-    // The host's page is 4 KiB on every machine that QEMU's x86 guests run on.
-    Some(fields.next()?.saturating_sub(fields.next()?) * 4096 / PAGE)
+    let nobody_waits = StopOnDrop(Arc::default());
+    let ended = Arc::clone(&nobody_waits.0);
+    let count = move || {
+        let memory = GuestMemory::new(pid, &ram.blocks);
+        match memory.touched(&ended) {
+            Ok(touched) => touched.map(|touched| touched.present.iter().chain(&touched.swapped).map(|run| run.1).sum()),
+            // Another process, or none: what it holds says nothing.
+            Err(MemoryError::Gone { .. } | MemoryError::Elsewhere { .. }) => None,
+            Err(_) => Some(memory.resident()?.pages()),
+        }
+    };
+    spawn_blocking(count).await.ok()?
 }
 
 /// A look that nobody waits for any more ends.

@@ -6,21 +6,27 @@ use std::{fmt, path::PathBuf, time::Duration};
 
 use serde::de::DeserializeOwned;
 use serde_json::Value;
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep_until};
 
-use super::qmp::{Event, Qmp, QmpError, Version};
+use super::{
+    libvirt::{Libvirt, LibvirtAddress},
+    qmp::{Event, Qmp, QmpError, Version},
+};
 
 /// Where a monitor is.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Address {
     /// A QMP socket that nobody else holds.
     Qmp(PathBuf),
+    /// A domain of a libvirt daemon, which holds the monitor and passes commands on.
+    Libvirt(LibvirtAddress),
 }
 
 impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Qmp(path) => write!(f, "{}", path.display()),
+            Self::Libvirt(address) => address.fmt(f),
         }
     }
 }
@@ -31,6 +37,12 @@ impl From<PathBuf> for Address {
     }
 }
 
+impl From<LibvirtAddress> for Address {
+    fn from(address: LibvirtAddress) -> Self {
+        Self::Libvirt(address)
+    }
+}
+
 /// An open monitor. Hold it no longer than needed: QEMU serves one client per socket.
 #[derive(Debug)]
 pub struct Monitor(Way);
@@ -38,6 +50,7 @@ pub struct Monitor(Way);
 #[derive(Debug)]
 enum Way {
     Socket(Box<Qmp>),
+    Libvirt(Box<Libvirt>),
 }
 
 impl Monitor {
@@ -45,6 +58,9 @@ impl Monitor {
     pub async fn connect(address: &Address, timeout: Duration) -> Result<Self, QmpError> {
         match address {
             Address::Qmp(path) => Qmp::connect(path, timeout).await.map(|qmp| Self(Way::Socket(Box::new(qmp)))),
+            Address::Libvirt(address) => {
+                Libvirt::connect(address, timeout).await.map(|libvirt| Self(Way::Libvirt(Box::new(libvirt))))
+            }
         }
     }
 
@@ -52,13 +68,18 @@ impl Monitor {
     pub async fn execute<T: DeserializeOwned>(&mut self, command: &str, arguments: Value) -> Result<T, QmpError> {
         match &mut self.0 {
             Way::Socket(qmp) => qmp.execute(command, arguments).await,
+            Way::Libvirt(libvirt) => libvirt.execute(command, arguments).await,
         }
     }
 
-    /// The next event, in the order of their arrival; `None` once the deadline has passed.
+    /// The next event, in the order of their arrival; `None` once the deadline has passed. libvirt passes none on.
     pub async fn next_event(&mut self, deadline: Instant) -> Result<Option<Event>, QmpError> {
         match &mut self.0 {
             Way::Socket(qmp) => qmp.next_event(deadline).await,
+            Way::Libvirt(_) => {
+                sleep_until(deadline).await;
+                Ok(None)
+            }
         }
     }
 
@@ -66,6 +87,7 @@ impl Monitor {
     pub fn version(&self) -> Version {
         match &self.0 {
             Way::Socket(qmp) => qmp.version(),
+            Way::Libvirt(libvirt) => libvirt.version(),
         }
     }
 
@@ -73,6 +95,8 @@ impl Monitor {
     pub fn peer_pid(&self) -> Option<i32> {
         match &self.0 {
             Way::Socket(qmp) => qmp.peer_pid(),
+            // Who listens is libvirt, not QEMU.
+            Way::Libvirt(libvirt) => libvirt.pid(),
         }
     }
 }

@@ -25,12 +25,15 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
-use super::lines::LineBuffer;
+use super::{libvirt::LibvirtError, lines::LineBuffer};
 
-/// The longest line that is accepted, bytes. The longest real one (`query-qmp-schema`) has a few hundred kilobytes.
-pub const MAX_LINE: usize = 16 << 20;
+/// The longest line that is accepted, bytes. The longest real one (`query-qmp-schema`) has a few hundred kilobytes; once read, a
+/// line can take thirty times its length.
+pub const MAX_LINE: usize = 2 << 20;
 /// So many events are kept; beyond, the oldest are dropped.
 pub const MAX_EVENTS: usize = 1024;
+/// So many bytes of them, as they came.
+pub const MAX_EVENT_BYTES: usize = 1 << 20;
 /// `sun_path` holds 108 bytes, the last of which is the terminator.
 const MAX_SOCKET_PATH: usize = 107;
 
@@ -129,10 +132,13 @@ pub enum QmpError {
         /// What is wrong.
         reason: String,
     },
+    /// QEMU is asked through libvirt, and that failed.
+    #[error(transparent)]
+    Libvirt(#[from] LibvirtError),
 }
 
 impl QmpError {
-    fn malformed(command: &str, reason: &dyn Display) -> Self {
+    pub(super) fn malformed(command: &str, reason: &dyn Display) -> Self {
         Self::Malformed { command: command.to_owned(), reason: reason.to_string() }
     }
 
@@ -148,7 +154,9 @@ pub struct Qmp {
     writer: OwnedWriteHalf,
     lines: LineBuffer,
     scratch: Box<[u8]>,
-    events: VecDeque<Event>,
+    /// Each with the length of its line.
+    events: VecDeque<(usize, Event)>,
+    event_bytes: usize,
     dropped_events: u64,
     last_id: u64,
     /// A command was cut off in the middle of being written: nothing sensible can follow it.
@@ -181,6 +189,7 @@ impl Qmp {
             lines: LineBuffer::new(MAX_LINE),
             scratch: vec![0; 64 << 10].into_boxed_slice(),
             events: VecDeque::new(),
+            event_bytes: 0,
             dropped_events: 0,
             last_id: 0,
             cut_off: false,
@@ -210,12 +219,13 @@ impl Qmp {
     /// The next event, in the order of their arrival; `None` once the deadline has passed.
     pub async fn next_event(&mut self, deadline: Instant) -> Result<Option<Event>, QmpError> {
         loop {
-            if let Some(event) = self.events.pop_front() {
+            if let Some((length, event)) = self.events.pop_front() {
+                self.event_bytes = self.event_bytes.saturating_sub(length);
                 return Ok(Some(event));
             }
             match self.read_message("(event)", deadline).await {
-                Ok(Message::Event(event)) => return Ok(Some(event)),
-                Ok(Message::Reply { id, .. }) => self.check_stale(id, "(event)")?,
+                Ok((_, Message::Event(event))) => return Ok(Some(event)),
+                Ok((_, Message::Reply { id, .. })) => self.check_stale(id, "(event)")?,
                 Err(QmpError::TimedOut { .. }) => return Ok(None),
                 Err(error) => return Err(error),
             }
@@ -255,23 +265,24 @@ impl Qmp {
         self.cut_off = false;
         loop {
             match self.read_message(command, deadline).await? {
-                Message::Event(event) => {
-                    if self.events.len() >= MAX_EVENTS {
-                        self.events.pop_front();
-                        self.dropped_events = self.dropped_events.saturating_add(1);
-                    }
-                    self.events.push_back(event);
-                }
+                (length, Message::Event(event)) => self.keep(length, event),
                 // QEMU answers without an id where it could not read the command at all.
-                Message::Reply { id, result } if id == Some(self.last_id) || (id.is_none() && result.is_err()) => {
-                    return result.map_err(|(class, description)| QmpError::Refused {
-                        command: command.to_owned(),
-                        class: plain(&class),
-                        description: plain(&description),
-                    });
+                (_, Message::Reply { id, result }) if id == Some(self.last_id) || (id.is_none() && result.is_err()) => {
+                    return result.map_err(|why| refused(command, why));
                 }
-                Message::Reply { id, .. } => self.check_stale(id, command)?,
+                (_, Message::Reply { id, .. }) => self.check_stale(id, command)?,
             }
+        }
+    }
+
+    /// Keeps an event until somebody fetches it, and the latest ones rather than the oldest.
+    fn keep(&mut self, length: usize, event: Event) {
+        self.events.push_back((length, event));
+        self.event_bytes = self.event_bytes.saturating_add(length);
+        while self.events.len() > MAX_EVENTS || self.event_bytes > MAX_EVENT_BYTES {
+            let Some((length, _)) = self.events.pop_front() else { break };
+            self.event_bytes = self.event_bytes.saturating_sub(length);
+            self.dropped_events = self.dropped_events.saturating_add(1);
         }
     }
 
@@ -283,9 +294,10 @@ impl Qmp {
         }
     }
 
-    async fn read_message(&mut self, command: &str, deadline: Instant) -> Result<Message, QmpError> {
+    /// A message and the length of its line.
+    async fn read_message(&mut self, command: &str, deadline: Instant) -> Result<(usize, Message), QmpError> {
         let line = self.read_line(command, deadline).await?;
-        read_message(&line).map_err(|reason| QmpError::malformed(command, &format_args!("{reason}: {}", excerpt(&line))))
+        Ok((line.len(), understand(command, &line)?))
     }
 
     /// Cancel-safe: what was read stays in the buffer.
@@ -337,6 +349,22 @@ fn read_greeting(line: &[u8]) -> Option<Version> {
         qemu: Version,
     }
     serde_json::from_slice::<Greeting>(line).ok().map(|greeting| greeting.qmp.version.qemu)
+}
+
+/// One message that has to be a reply: as libvirt hands it on, alone and under an id of its own.
+pub(super) fn read_reply(command: &str, line: &[u8]) -> Result<Value, QmpError> {
+    match understand(command, line)? {
+        Message::Reply { result, .. } => result.map_err(|why| refused(command, why)),
+        Message::Event(_) => Err(QmpError::malformed(command, &"an event came in its place")),
+    }
+}
+
+fn refused(command: &str, (class, description): (String, String)) -> QmpError {
+    QmpError::Refused { command: command.to_owned(), class: plain(&class), description: plain(&description) }
+}
+
+fn understand(command: &str, line: &[u8]) -> Result<Message, QmpError> {
+    read_message(line).map_err(|reason| QmpError::malformed(command, &format_args!("{reason}: {}", excerpt(line))))
 }
 
 fn read_message(line: &[u8]) -> Result<Message, String> {

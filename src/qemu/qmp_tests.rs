@@ -147,6 +147,26 @@ async fn a_flood_of_events_keeps_the_latest_and_the_reply() {
 }
 
 #[tokio::test]
+async fn a_flood_of_long_events_is_bounded_in_bytes() {
+    // Each a third of what is kept: the last two stay, and one that is too long by itself does not.
+    let long = |length: usize| format!("{{\"event\": \"E\", \"data\": \"{}\"}}\n", "x".repeat(length)).into_bytes();
+    let mut lines: Vec<Vec<u8>> = (0..20).map(|_| long(MAX_EVENT_BYTES / 3)).collect();
+    lines.push(b"{\"return\": 7, \"id\": 2}\n".to_vec());
+    let fake = Fake::start(GREETING, lines, true);
+    let mut qmp = fake.connect().await.unwrap();
+    qmp.timeout = Duration::from_secs(20);
+    assert_eq!(qmp.execute::<u8>("x", json!({})).await.unwrap(), 7);
+    assert_eq!((qmp.events.len(), qmp.dropped_events()), (2, 18));
+    assert!(qmp.event_bytes <= MAX_EVENT_BYTES && qmp.event_bytes > MAX_EVENT_BYTES / 2);
+    for _ in 0..2 {
+        assert!(qmp.next_event(Instant::now()).await.unwrap().is_some());
+    }
+    assert_eq!(qmp.event_bytes, 0);
+    qmp.keep(MAX_EVENT_BYTES + 1, Event { name: "E".to_owned(), data: Value::Null });
+    assert_eq!((qmp.events.len(), qmp.event_bytes), (0, 0));
+}
+
+#[tokio::test]
 async fn a_reply_that_came_too_late_is_skipped() {
     // The first command is given up; its reply (id 2) comes before that of the second (id 3).
     let fake =
