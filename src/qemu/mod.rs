@@ -17,4 +17,5 @@ pub mod migration;
 pub mod monitor;
 pub mod qmp;
 pub mod ram;
+mod socket;
 pub mod vm;

@@ -2,7 +2,7 @@
 //!
 //! Everything above asks a [`Monitor`] and does not know whether a socket of QEMU's own answers or somebody who passes its words on.
 
-use std::{fmt, path::PathBuf, time::Duration};
+use std::{fmt, os::fd::BorrowedFd, path::PathBuf, time::Duration};
 
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -52,6 +52,18 @@ impl Monitor {
     pub async fn execute<T: DeserializeOwned>(&mut self, command: &str, arguments: Value) -> Result<T, QmpError> {
         match &mut self.0 {
             Way::Socket(qmp) => qmp.execute(command, arguments).await,
+        }
+    }
+
+    /// As [`Monitor::execute`], with a descriptor that goes along (`getfd`): QEMU gets a duplicate of it.
+    pub async fn execute_with_fd<T: DeserializeOwned>(
+        &mut self,
+        command: &str,
+        arguments: Value,
+        fd: BorrowedFd<'_>,
+    ) -> Result<T, QmpError> {
+        match &mut self.0 {
+            Way::Socket(qmp) => qmp.execute_with_fd(command, arguments, fd).await,
         }
     }
 
