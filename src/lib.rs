@@ -6,6 +6,7 @@
 //! | [`decision`] | pure: from a forecast and a policy to allow, warn or deny; shared by admission and reconciliation |
 //! | [`qemu`] | QMP, the process of a VM, its RAM |
 //! | [`collector`] | watches a running guest's memory and describes who writes which page when |
+//! | [`dryrun`] | has QEMU execute a migration to nowhere, and counts |
 //! | [`api`] | our custom resources, the few KubeVirt fields that we read, annotation keys and reasons |
 //! | [`agent`] | the node daemon |
 //! | [`manager`] | the controller: observe, decide, apply |
@@ -18,6 +19,7 @@ pub mod api;
 pub mod cli;
 pub mod collector;
 pub mod decision;
+pub mod dryrun;
 pub mod manager;
 pub mod model;
 pub mod qemu;

@@ -132,7 +132,10 @@ impl GuestSpec {
     /// Does it fit into so much memory, and does it make sense?
     pub(super) fn check(&self, memory_mib: u32) -> Result<()> {
         let end = u64::from(self.base) + u64::from(self.pages);
-        ensure!(self.base >= 4096, "the data must begin above 16 MiB, where the firmware leaves it alone");
+        ensure!(
+            self.base > 4096,
+            "the data, and the page before it, must lie above 16 MiB, where the firmware leaves them alone"
+        );
         ensure!(end <= u64::from(memory_mib) << 8, "{end} pages do not fit into {memory_mib} MiB");
         ensure!(self.hot_share <= 100 && self.hot_pages <= self.pages, "the hot pages are a part of all pages");
         ensure!(self.writes != Writes::Hot || self.hot_share == 0 || self.hot_pages > 0, "a hot guest needs hot_pages");

@@ -5,6 +5,7 @@
 //! | [`guest`] | builds the paced guest and says what it writes |
 //! | [`vm`] | starts and ends a QEMU with it, as a source or as the target of a migration |
 //! | [`mod@migrate`] | moves a guest for real and reads the truth |
+//! | [`pulse`] | the longest pause in a guest's writing, as the guest itself saw it |
 //! | [`link`] | a line of a given rate between two QEMUs |
 //! | [`host`] | measures this host's constants |
 //!
@@ -14,9 +15,11 @@ pub mod guest;
 pub mod host;
 pub mod link;
 pub mod migrate;
+pub mod pulse;
 mod qemu;
 pub mod vm;
 
 pub use guest::{GuestSpec, Writes};
 pub use migrate::{Outcome, Settings, Truth, migrate};
+pub use pulse::Pulse;
 pub use vm::{Vm, VmSpec};

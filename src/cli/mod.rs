@@ -11,6 +11,7 @@ pub mod agent;
 pub mod collect;
 pub mod controller;
 pub mod crd;
+pub mod dry_run;
 mod output;
 pub mod predict;
 mod question;
@@ -44,6 +45,8 @@ enum Command {
     Collect(collect::CollectArgs),
     /// Forecast from a recording.
     Replay(replay::ReplayArgs),
+    /// Have a running QEMU execute a migration to nowhere, and count. The guest is not stopped.
+    DryRun(dry_run::DryRunArgs),
     /// Answer the questions about the VMs of one node; runs on each.
     Agent(agent::AgentArgs),
     /// Keep the questions, learn from outcomes, serve admission; runs in a few replicas.
@@ -59,6 +62,7 @@ impl Cli {
             Command::Predict(args) => predict::run(args).await,
             Command::Collect(args) => collect::run(args).await,
             Command::Replay(args) => replay::run(&args),
+            Command::DryRun(args) => Box::pin(dry_run::run(args)).await,
             Command::Agent(args) => Box::pin(agent::run(args)).await.map(|()| ExitCode::SUCCESS).map_err(Into::into),
             Command::Controller(args) => Box::pin(controller::run(args)).await.map(|()| ExitCode::SUCCESS).map_err(Into::into),
             Command::Crd => crd::run().map(|()| ExitCode::SUCCESS).map_err(Into::into),

@@ -3,12 +3,16 @@
 use std::{fmt::Write, process::ExitCode};
 
 use clap::ValueEnum;
+use serde::Serialize;
 use serde_json::json;
 
 use super::exit;
-use crate::model::{
-    forecast::{Forecast, Method, Question, Verdict},
-    units::{Bytes, BytesPerSecond},
+use crate::{
+    dryrun::{End, Limit, Report},
+    model::{
+        forecast::{Forecast, Method, Question, Verdict},
+        units::{Bytes, BytesPerSecond},
+    },
 };
 
 /// How a forecast is written.
@@ -25,12 +29,66 @@ pub(super) enum Format {
 
 /// Writes a forecast, and says with the exit code how it came out.
 pub(super) fn forecast(forecast: &Forecast, question: &Question, format: Format) -> anyhow::Result<ExitCode> {
+    write(forecast, forecast.verdict, || table(forecast, question), format)
+}
+
+/// What a dry run adds to its forecast.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct DryRun<'a> {
+    #[serde(flatten)]
+    forecast: &'a Forecast,
+    limits: &'a [Limit],
+    zero_pages: u64,
+    compression_ratio: f64,
+    end: End,
+    elapsed_ms: f64,
+}
+
+/// Writes what a dry run says. `forecast` is that of the question's downtime limit; without one it is `Unknown`.
+pub(super) fn dry_run(report: &Report, question: &Question, format: Format) -> anyhow::Result<ExitCode> {
+    let limits = report.limits(question);
+    let Some(forecast) = report.forecast(question) else {
+        let why = format!(
+            "the dry run ended after {}, at its deadline, with {} iterations done and no answer; give it a longer --deadline",
+            time(report.elapsed.as_secs_f64() * 1e3),
+            report.iterations
+        );
+        return unknown(&why, format);
+    };
+    let answer = DryRun {
+        forecast: &forecast,
+        limits: &limits,
+        zero_pages: report.zero_pages,
+        compression_ratio: report.compression_ratio(),
+        end: report.end,
+        elapsed_ms: report.elapsed.as_secs_f64() * 1e3,
+    };
+    let page = || {
+        let mut page = table(&forecast, question);
+        for limit in &limits {
+            let says = match (limit.converges, limit.downtime_ms, limit.total_ms, limit.iterations) {
+                (Some(true), Some(down), Some(total), Some(iterations)) => {
+                    format!("{} total, {} down, {iterations} iterations", time(total), time(down))
+                }
+                (None, ..) => "not known: the deadline came first".to_owned(),
+                _ => "fails".to_owned(),
+            };
+            let _ = writeln!(page, "{:<22}{says}", format!("  limit {}", time(limit.downtime_limit_ms as f64)));
+        }
+        let _ = writeln!(page, "{:<22}{:.2}", "Compression ratio", answer.compression_ratio);
+        page
+    };
+    write(&answer, forecast.verdict, page, format)
+}
+
+fn write(answer: &impl Serialize, verdict: Verdict, table: impl Fn() -> String, format: Format) -> anyhow::Result<ExitCode> {
     super::print(&match format {
-        Format::Table => table(forecast, question),
-        Format::Json => serde_json::to_string_pretty(forecast)? + "\n",
-        Format::Yaml => serde_yaml::to_string(forecast)?,
+        Format::Table => table(),
+        Format::Json => serde_json::to_string_pretty(answer)? + "\n",
+        Format::Yaml => serde_yaml::to_string(answer)?,
     })?;
-    Ok(ExitCode::from(match forecast.verdict {
+    Ok(ExitCode::from(match verdict {
         Verdict::Converges => exit::CONVERGES,
         Verdict::Borderline | Verdict::Fails => exit::FAILS,
         Verdict::Unknown => exit::UNKNOWN,
@@ -79,7 +137,7 @@ fn table(f: &Forecast, question: &Question) -> String {
     }
     let method = match f.method {
         Method::PatternCollector => "PC (replay of the observed working-set pattern)",
-        Method::DryRun => "DR (dry run)",
+        Method::DryRun => "DR (QEMU executed the pre-copy, to nowhere)",
     };
     row("Method", method.into(), None);
     let budget =
@@ -100,7 +158,10 @@ fn table(f: &Forecast, question: &Question) -> String {
         || format!("none: not even the line's {} suffices", question.host.line_rate.human()),
         |rate| BytesPerSecond(rate).human(),
     );
-    row("Least bandwidth", lcb, None);
+    // A dry run tries one bandwidth.
+    if f.method == Method::PatternCollector {
+        row("Least bandwidth", lcb, None);
+    }
     if let Some(cost) = f.cost {
         row("Cost", format!("{cost:.3}"), None);
     }

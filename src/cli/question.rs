@@ -24,12 +24,27 @@ const LONGEST_DOWNTIME: Duration = Duration::from_secs(2000);
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Migration")]
 pub(super) struct QuestionArgs {
-    /// QEMU's max-bandwidth, in bytes per second: 100Mi, 1Gi; 0 or `unlimited` for no cap.
-    #[arg(long, value_parser = bandwidth)]
-    bandwidth: Bandwidth,
+    #[command(flatten)]
+    terms: TermsArgs,
     /// QEMU's downtime-limit: 300ms, 1.5s.
     #[arg(long, default_value = "300ms", value_parser = downtime)]
     downtime_limit: Duration,
+}
+
+impl QuestionArgs {
+    /// The question about a guest of this size.
+    pub(super) fn question(&self, ram: Bytes) -> anyhow::Result<Question> {
+        self.terms.question(ram, self.downtime_limit)
+    }
+}
+
+/// The same, but for the downtime limit, of which there may be several.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Migration")]
+pub(super) struct TermsArgs {
+    /// QEMU's max-bandwidth, in bytes per second: 100Mi, 1Gi; 0 or `unlimited` for no cap.
+    #[arg(long, value_parser = bandwidth)]
+    bandwidth: Bandwidth,
     /// How long the migration may take: 300s, 5m; 0 for ever. Default: KubeVirt's, 150 s × ceil(RAM / 10⁹ bytes).
     #[arg(long, value_parser = duration)]
     time_budget: Option<Duration>,
@@ -47,9 +62,14 @@ pub(super) struct QuestionArgs {
     sla_total_time: Option<Duration>,
 }
 
-impl QuestionArgs {
+impl TermsArgs {
+    /// What the line carries, where somebody said so.
+    pub(super) fn line(&self, question: &Question) -> Option<BytesPerSecond> {
+        (self.line_rate.is_some() || self.host.is_some()).then_some(question.host.line_rate)
+    }
+
     /// The question about a guest of this size.
-    pub(super) fn question(&self, ram: Bytes) -> anyhow::Result<Question> {
+    pub(super) fn question(&self, ram: Bytes, downtime_limit: Duration) -> anyhow::Result<Question> {
         let mut host = match &self.host {
             None => HostConstants::default(),
             Some(file) => {
@@ -70,7 +90,7 @@ impl QuestionArgs {
         let limit = |limit: Option<Duration>| limit.filter(|limit| !limit.is_zero());
         Ok(Question {
             bandwidth: self.bandwidth,
-            downtime_limit: self.downtime_limit,
+            downtime_limit,
             time_budget,
             host,
             sla: Sla { downtime: limit(self.sla_downtime), total_time: limit(self.sla_total_time) },
@@ -79,10 +99,10 @@ impl QuestionArgs {
     }
 }
 
-/// Which VM, and how to look at it.
+/// Which VM.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "VM", group = ArgGroup::new("vm").args(["qmp", "libvirt"]).required(true))]
-pub(super) struct LookArgs {
+pub(super) struct TargetArgs {
     /// QEMU's QMP socket. QEMU serves one client per socket: give it one of its own.
     #[arg(long, value_name = "SOCKET")]
     qmp: Option<PathBuf>,
@@ -95,6 +115,26 @@ pub(super) struct LookArgs {
     /// QEMU's process. Default: whoever is at the other end of the QMP socket, or bears the domain's UUID.
     #[arg(long, value_parser = clap::value_parser!(i32).range(1..))]
     pid: Option<i32>,
+}
+
+impl TargetArgs {
+    pub(super) fn target(&self) -> anyhow::Result<Target> {
+        let monitor = match (&self.qmp, &self.libvirt) {
+            (Some(socket), None) => socket.clone().into(),
+            (None, Some(socket)) => LibvirtAddress { socket: socket.clone(), domain: self.domain.clone(), owner: None }.into(),
+            // The command line is judged before.
+            _ => bail!("name one VM: --qmp SOCKET, or --libvirt URI and --domain NAME"),
+        };
+        Ok(Target { monitor, pid: self.pid })
+    }
+}
+
+/// Which VM, and how to look at it.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "VM")]
+pub(super) struct LookArgs {
+    #[command(flatten)]
+    target: TargetArgs,
     /// How long to look: about as long as the migration would take.
     #[arg(long, default_value = "12s", value_parser = duration)]
     look: Duration,
@@ -105,13 +145,7 @@ pub(super) struct LookArgs {
 
 impl LookArgs {
     pub(super) fn target(&self) -> anyhow::Result<Target> {
-        let monitor = match (&self.qmp, &self.libvirt) {
-            (Some(socket), None) => socket.clone().into(),
-            (None, Some(socket)) => LibvirtAddress { socket: socket.clone(), domain: self.domain.clone(), owner: None }.into(),
-            // The command line is judged before.
-            _ => bail!("name one VM: --qmp SOCKET, or --libvirt URI and --domain NAME"),
-        };
-        Ok(Target { monitor, pid: self.pid })
+        self.target.target()
     }
 
     pub(super) fn options(&self) -> anyhow::Result<LookOptions> {
@@ -124,7 +158,7 @@ impl LookArgs {
 }
 
 /// Go's notation, as everywhere in Kubernetes; a plain 0 needs no unit.
-fn duration(text: &str) -> Result<Duration, String> {
+pub(super) fn duration(text: &str) -> Result<Duration, String> {
     if text == "0" {
         return Ok(Duration::ZERO);
     }
@@ -132,7 +166,7 @@ fn duration(text: &str) -> Result<Duration, String> {
     Ok(parsed.0)
 }
 
-fn downtime(text: &str) -> Result<Duration, String> {
+pub(super) fn downtime(text: &str) -> Result<Duration, String> {
     match duration(text)? {
         limit if limit.is_zero() => {
             Err("QEMU with a limit of 0 waits for a guest that writes nothing; its default is 300ms".into())

@@ -146,7 +146,8 @@ impl Pattern {
             return Err(PatternError::Unordered(at + 1));
         }
         let ascend = |row: &Vec<f64>| {
-            row.iter().all(|time| (0.0..=traces.length_ms).contains(time)) && row.windows(2).all(|pair| matches!(pair, [a, b] if a <= b))
+            row.iter().all(|time| (0.0..=traces.length_ms).contains(time))
+                && row.windows(2).all(|pair| matches!(pair, [a, b] if a <= b))
         };
         if let Some(row) = traces.rows.iter().position(|row| !ascend(row)) {
             return Err(PatternError::DisorderedTrace(row));

@@ -36,7 +36,7 @@ const HOST_MS: f64 = 20.0;
 /// ... and a window of the rate limiter, where the sender came too late to use the last one up.
 const LOST_WINDOW_MS: f64 = 100.0;
 /// Where KubeVirt's budget is switched off: a migration that runs for a day has failed anybody.
-const NO_BUDGET: Duration = Duration::from_secs(86_400);
+pub const NO_BUDGET: Duration = Duration::from_secs(86_400);
 
 /// Answers the question from the pattern.
 pub fn forecast(pattern: &Pattern, question: &Question) -> Forecast {
@@ -77,7 +77,7 @@ pub fn forecast(pattern: &Pattern, question: &Question) -> Forecast {
         dirtied_pages: whole(quantile(&pages, 0.5)),
         transferred_bytes: whole(quantile(&bytes, 0.5)),
         least_convergent_bandwidth: lcb.map(|rate| rate.0),
-        cost: downtime_ms.map(|downtime_ms| cost(question, pattern, total_ms, downtime_ms, quantile(&pages, 0.5))),
+        cost: downtime_ms.map(|downtime_ms| cost(question, pattern.total_pages(), total_ms, downtime_ms, quantile(&pages, 0.5))),
         bounds: Bounds {
             total_ms: widened(&totals, tail, LOST_WINDOW_MS),
             downtime_ms: gets_through.then(|| widened(&downtimes, tail, HOST_MS)),
@@ -90,6 +90,40 @@ pub fn forecast(pattern: &Pattern, question: &Question) -> Forecast {
             classic::classic(&curve, pattern.nonzero_pages(), &under),
             classic::base(&curve, pattern.nonzero_pages(), &under),
         ],
+    }
+}
+
+/// What one dry run says: an outcome that was seen, not replayed. `transferred_bytes` as counted, compressed or not;
+/// `guest_pages`: all of the guest's.
+pub fn of_dry_run(outcome: &Outcome, transferred_bytes: f64, guest_pages: f64, question: &Question) -> Forecast {
+    let Outcome { converged, total_ms, syncs, pages, .. } = *outcome;
+    let downtime_ms = converged.then_some(outcome.downtime_ms);
+    let sla_exceeded = converged && exceeds(question, total_ms, downtime_ms);
+    let probability = if converged { 1.0 } else { 0.0 };
+    Forecast {
+        verdict: verdict(probability, sla_exceeded),
+        sla_exceeded,
+        low_confidence: false,
+        probability,
+        method: Method::DryRun,
+        iterations: syncs,
+        convergence_ms: total_ms - downtime_ms.unwrap_or(0.0),
+        downtime_ms,
+        total_ms,
+        dirtied_pages: whole(pages),
+        transferred_bytes: whole(transferred_bytes),
+        least_convergent_bandwidth: None,
+        cost: downtime_ms.map(|downtime_ms| cost(question, guest_pages, total_ms, downtime_ms, pages)),
+        bounds: Bounds {
+            total_ms: widened(&[total_ms], 0.0, LOST_WINDOW_MS),
+            downtime_ms: downtime_ms.map(|ms| widened(&[ms], 0.0, HOST_MS)),
+            dirtied_pages: (whole(pages * (1.0 - HOST_SHARE)), whole(pages * (1.0 + HOST_SHARE))),
+            // One more or less: the window in which the guest happens to begin.
+            iterations: (syncs.saturating_sub(1), syncs.saturating_add(1)),
+        },
+        pattern: None,
+        profile: Vec::new(),
+        baselines: Vec::new(),
     }
 }
 
@@ -145,14 +179,14 @@ fn converges(pattern: &Pattern, settings: &Settings) -> bool {
 }
 
 /// `C = a·T_sum + b·T_downtime + c·P`, each term normalised (see [`CostWeights`]).
-pub fn cost(question: &Question, pattern: &Pattern, total_ms: f64, downtime_ms: f64, pages: f64) -> f64 {
+pub fn cost(question: &Question, guest_pages: f64, total_ms: f64, downtime_ms: f64, pages: f64) -> f64 {
     let CostWeights { total_time, downtime, pages: moved } = question.weights;
     let longest = question.sla.total_time.or(question.time_budget).unwrap_or(NO_BUDGET);
     let darkest = question.sla.downtime.unwrap_or(question.downtime_limit);
     let per = |value: f64, unit: f64| if unit > 0.0 { value / unit } else { value };
     total_time * per(total_ms, milliseconds(longest))
         + downtime * per(downtime_ms, milliseconds(darkest))
-        + moved * per(pages, pattern.total_pages())
+        + moved * per(pages, guest_pages)
 }
 
 /// The verdict that a probability stands for.

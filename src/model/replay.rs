@@ -262,13 +262,14 @@ impl Sender {
 }
 
 /// The last syncs: pending bytes over the threshold. Below 1 a migration ends.
-#[derive(Default)]
-struct Progress {
+#[derive(Debug, Default)]
+pub struct Steadiness {
     ratios: VecDeque<f64>,
 }
 
-impl Progress {
-    fn note(&mut self, ratio: f64) {
+impl Steadiness {
+    /// Takes one sync in.
+    pub fn note(&mut self, ratio: f64) {
         if self.ratios.len() == STEADY_SYNCS {
             self.ratios.pop_front();
         }
@@ -276,7 +277,7 @@ impl Progress {
     }
 
     /// No longer falling, and too far off to get there by chance.
-    fn hopeless(&self) -> bool {
+    pub fn hopeless(&self) -> bool {
         let nearest = self.ratios.iter().copied().fold(f64::INFINITY, f64::min);
         if self.ratios.len() < STEADY_SYNCS || nearest < 1.0 + HOPELESS.1 {
             return false;
@@ -307,7 +308,7 @@ pub fn replay(pattern: &Pattern, writes: Realisation<'_>, settings: &Settings) -
     let mut ram = Ram::new(pattern, writes, sender.now);
     let mut window = sender.now;
     let mut threshold = 0.0;
-    let mut progress = Progress::default();
+    let mut steadiness = Steadiness::default();
     let steady_after = 2.0 * pattern.cycle_ms() + host.setup_ms;
     let mut turns = 0_u32;
     while sender.now < settings.deadline_ms && turns < MOST_TURNS && ram.syncs < MOST_SYNCS {
@@ -328,8 +329,8 @@ pub fn replay(pattern: &Pattern, writes: Realisation<'_>, settings: &Settings) -
                         zero_pages: sender.zero_pages,
                     };
                 }
-                progress.note(ram.pending * 4096.0 / threshold);
-                if sender.now > steady_after && progress.hopeless() {
+                steadiness.note(ram.pending * 4096.0 / threshold);
+                if sender.now > steady_after && steadiness.hopeless() {
                     break;
                 }
             }

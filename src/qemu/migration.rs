@@ -1,15 +1,15 @@
 //! QEMU's migration: limits, start, cancel, and the truth about it (`query-migrate`). Names as in `qapi/migration.json`.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::{monitor::Monitor, qmp::QmpError};
 use crate::model::units::{Bandwidth, Bytes, BytesPerSecond};
 
 /// What is set where no cap is wanted. QEMU takes 0 for "no limit" since 3.0 only in parts; this is beyond any line.
-const UNCAPPED: u64 = 1 << 50;
+pub const UNCAPPED: u64 = 1 << 50;
 
 /// How far a migration is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -79,6 +79,8 @@ pub struct MigrationInfo {
     pub setup_time: Option<u64>,
     /// The memory.
     pub ram: Option<RamInfo>,
+    /// With XBZRLE: what went as differences.
+    pub xbzrle_cache: Option<XbzrleInfo>,
     /// Why it failed.
     pub error_desc: Option<String>,
     /// Why it could not start.
@@ -121,6 +123,14 @@ pub struct RamInfo {
     pub page_size: u64,
 }
 
+/// XBZRLE's part of [`MigrationInfo`].
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct XbzrleInfo {
+    /// Pages sent as differences; not among [`RamInfo::normal`].
+    pub pages: u64,
+}
+
 /// Limits of a migration; `None` leaves what is set.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -139,6 +149,13 @@ impl Limits {
             max_bandwidth: Some(bandwidth.cap().unwrap_or(BytesPerSecond(UNCAPPED))),
             downtime_limit: Some(u64::try_from(downtime_limit.as_millis()).unwrap_or(u64::MAX)),
         }
+    }
+}
+
+impl Limits {
+    /// The longest downtime aimed at alone (whole ms, rounded down).
+    pub fn downtime(limit: Duration) -> Self {
+        Self { downtime_limit: Self::new(Bandwidth::Unlimited, limit).downtime_limit, ..Self::default() }
     }
 }
 
@@ -171,6 +188,27 @@ pub async fn set_limits(monitor: &mut Monitor, limits: &Limits) -> Result<(), Qm
 pub async fn set_capabilities(monitor: &mut Monitor, capabilities: &[(&str, bool)]) -> Result<(), QmpError> {
     let list: Vec<Value> = capabilities.iter().map(|(name, on)| json!({"capability": name, "state": on})).collect();
     done(monitor.execute("migrate-set-capabilities", json!({ "capabilities": list })).await)
+}
+
+/// Every capability that this QEMU knows, and whether it is on.
+pub async fn capabilities(monitor: &mut Monitor) -> Result<BTreeMap<String, bool>, QmpError> {
+    #[derive(Deserialize)]
+    struct Capability {
+        capability: String,
+        state: bool,
+    }
+    let list: Vec<Capability> = monitor.execute("query-migrate-capabilities", Value::Null).await?;
+    Ok(list.into_iter().map(|one| (one.capability, one.state)).collect())
+}
+
+/// Every parameter that this QEMU tells of, with its value.
+pub async fn all_parameters(monitor: &mut Monitor) -> Result<Map<String, Value>, QmpError> {
+    monitor.execute("query-migrate-parameters", Value::Null).await
+}
+
+/// Sets parameters by name.
+pub async fn set_parameters(monitor: &mut Monitor, parameters: Map<String, Value>) -> Result<(), QmpError> {
+    done(monitor.execute("migrate-set-parameters", Value::Object(parameters)).await)
 }
 
 /// Starts a migration to `uri` (`unix:/path`, `tcp:host:port`).

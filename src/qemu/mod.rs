@@ -21,4 +21,5 @@ pub mod monitor;
 pub mod process;
 pub mod qmp;
 pub mod ram;
+mod socket;
 pub mod vm;

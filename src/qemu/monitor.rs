@@ -2,7 +2,7 @@
 //!
 //! Everything above asks a [`Monitor`] and does not know whether a socket of QEMU's own answers or somebody who passes its words on.
 
-use std::{fmt, path::PathBuf, time::Duration};
+use std::{fmt, os::fd::BorrowedFd, path::PathBuf, time::Duration};
 
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -70,6 +70,27 @@ impl Monitor {
             Way::Socket(qmp) => qmp.execute(command, arguments).await,
             Way::Libvirt(libvirt) => libvirt.execute(command, arguments).await,
         }
+    }
+
+    /// As [`Monitor::execute`], with a descriptor that goes along (`getfd`): QEMU gets a duplicate of it.
+    pub async fn execute_with_fd<T: DeserializeOwned>(
+        &mut self,
+        command: &str,
+        arguments: Value,
+        fd: BorrowedFd<'_>,
+    ) -> Result<T, QmpError> {
+        match &mut self.0 {
+            Way::Socket(qmp) => qmp.execute_with_fd(command, arguments, fd).await,
+            Way::Libvirt(_) => {
+                let reason = "libvirt passes no descriptor on through its bindings; ask `passes_descriptors` first".to_owned();
+                Err(QmpError::Malformed { command: command.to_owned(), reason })
+            }
+        }
+    }
+
+    /// Can a descriptor go along with a command? libvirt has a call for it, its bindings have not.
+    pub fn passes_descriptors(&self) -> bool {
+        matches!(self.0, Way::Socket(_))
     }
 
     /// The next event, in the order of their arrival; `None` once the deadline has passed. libvirt passes none on.

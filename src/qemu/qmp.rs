@@ -7,9 +7,8 @@
 use std::{
     collections::VecDeque,
     fmt::{self, Display},
-    fs::File,
     io,
-    os::fd::AsRawFd,
+    os::fd::BorrowedFd,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -17,15 +16,16 @@ use std::{
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::{Map, Value, json};
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::{
-        UnixStream,
-        unix::{OwnedReadHalf, OwnedWriteHalf},
-    },
+    io::AsyncReadExt,
+    net::unix::{OwnedReadHalf, OwnedWriteHalf},
     time::{Instant, timeout_at},
 };
 
-use super::{libvirt::LibvirtError, lines::LineBuffer};
+use super::{
+    libvirt::LibvirtError,
+    lines::LineBuffer,
+    socket::{connect_to, send},
+};
 
 /// The longest line that is accepted, bytes. The longest real one (`query-qmp-schema`) has a few hundred kilobytes; once read, a
 /// line can take thirty times its length.
@@ -34,8 +34,6 @@ pub const MAX_LINE: usize = 2 << 20;
 pub const MAX_EVENTS: usize = 1024;
 /// So many bytes of them, as they came.
 pub const MAX_EVENT_BYTES: usize = 1 << 20;
-/// `sun_path` holds 108 bytes, the last of which is the terminator.
-const MAX_SOCKET_PATH: usize = 107;
 
 /// QEMU's version.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Deserialize)]
@@ -63,10 +61,28 @@ pub struct Event {
     /// What belongs to it.
     #[serde(default)]
     pub data: Value,
+    /// When QEMU said it.
+    #[serde(default)]
+    pub timestamp: Timestamp,
+}
+
+/// QEMU's wall clock.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct Timestamp {
+    seconds: i64,
+    microseconds: i64,
+}
+
+impl Timestamp {
+    /// Milliseconds since 1970; `None` where QEMU could not read its clock.
+    pub fn ms(self) -> Option<f64> {
+        (self.seconds > 0 && self.microseconds >= 0).then(|| self.seconds as f64 * 1e3 + self.microseconds as f64 / 1e3)
+    }
 }
 
 /// QEMU's words as they may stand in a log, a status or a terminal: short, and without control characters.
-pub(super) fn plain(words: &str) -> String {
+pub(crate) fn plain(words: &str) -> String {
     words.chars().take(400).map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
@@ -216,6 +232,18 @@ impl Qmp {
         serde_json::from_value(value).map_err(|error| QmpError::malformed(command, &error))
     }
 
+    /// As [`Qmp::execute`], with a descriptor that goes along with the command (`getfd`): QEMU gets a duplicate of it.
+    pub async fn execute_with_fd<T: DeserializeOwned>(
+        &mut self,
+        command: &str,
+        arguments: Value,
+        fd: BorrowedFd<'_>,
+    ) -> Result<T, QmpError> {
+        let deadline = Instant::now() + self.timeout;
+        let value = self.ask_with(command, arguments, Some(fd), deadline).await?;
+        serde_json::from_value(value).map_err(|error| QmpError::malformed(command, &error))
+    }
+
     /// The next event, in the order of their arrival; `None` once the deadline has passed.
     pub async fn next_event(&mut self, deadline: Instant) -> Result<Option<Event>, QmpError> {
         loop {
@@ -248,6 +276,16 @@ impl Qmp {
     }
 
     async fn ask(&mut self, command: &str, arguments: Value, deadline: Instant) -> Result<Value, QmpError> {
+        self.ask_with(command, arguments, None, deadline).await
+    }
+
+    async fn ask_with(
+        &mut self,
+        command: &str,
+        arguments: Value,
+        fd: Option<BorrowedFd<'_>>,
+        deadline: Instant,
+    ) -> Result<Value, QmpError> {
         if self.cut_off {
             return Err(QmpError::malformed(command, &"an earlier command was cut off in the middle; connect anew"));
         }
@@ -258,7 +296,7 @@ impl Qmp {
         }
         let line = format!("{}\n", Value::Object(message));
         self.cut_off = true;
-        match timeout_at(deadline, self.writer.write_all(line.as_bytes())).await {
+        match timeout_at(deadline, send(&mut self.writer, line.as_bytes(), fd)).await {
             Ok(written) => written.map_err(|_| QmpError::closed(command))?,
             Err(_) => return Err(QmpError::TimedOut { command: command.to_owned(), waited: self.timeout }),
         }
@@ -319,19 +357,6 @@ impl Qmp {
             }
         }
     }
-}
-
-/// Paths longer than `sun_path` go through the open parent directory.
-async fn connect_to(path: &Path) -> io::Result<UnixStream> {
-    if path.as_os_str().len() <= MAX_SOCKET_PATH {
-        return UnixStream::connect(path).await;
-    }
-    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, "the path names no file"));
-    };
-    let directory = File::open(parent)?;
-    let short = Path::new("/proc/self/fd").join(directory.as_raw_fd().to_string()).join(name);
-    UnixStream::connect(short).await
 }
 
 fn read_greeting(line: &[u8]) -> Option<Version> {

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use proptest::prelude::*;
-use tokio::{net::UnixListener, task::JoinHandle};
+use tokio::{io::AsyncWriteExt, net::UnixListener, task::JoinHandle};
 
 use super::*;
 
@@ -162,7 +162,7 @@ async fn a_flood_of_long_events_is_bounded_in_bytes() {
         assert!(qmp.next_event(Instant::now()).await.unwrap().is_some());
     }
     assert_eq!(qmp.event_bytes, 0);
-    qmp.keep(MAX_EVENT_BYTES + 1, Event { name: "E".to_owned(), data: Value::Null });
+    qmp.keep(MAX_EVENT_BYTES + 1, Event { name: "E".to_owned(), data: Value::Null, timestamp: Timestamp::default() });
     assert_eq!((qmp.events.len(), qmp.event_bytes), (0, 0));
 }
 

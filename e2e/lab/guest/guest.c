@@ -9,6 +9,8 @@
  *   hot         with a probability of `hot_share` percent to one of the first `hot_pages`, else as uniform
  *   phased      as uniform for phase_ms, then nothing for phase_ms, and so on
  *   idle        no writes
+ *
+ * The page before the data tells how it fared: struct pulse, read, and set back to 0, from outside. Only a new longest pause is written.
  */
 #include <stdint.h>
 
@@ -20,6 +22,7 @@
 
 enum pattern { IDLE, UNIFORM, SEQUENTIAL, HOT, PHASED };
 
+struct pulse { uint32_t per_ms, reserved; volatile uint64_t longest; }; /* counts of the time-stamp counter between two turns of work */
 struct gate { uint16_t low, selector, flags, high; } __attribute__((packed));
 struct table { uint16_t limit; uint32_t base; } __attribute__((packed));
 
@@ -160,7 +163,9 @@ void main(const char *line)
     if (!pages || !writes) pattern = IDLE;
     if (pattern == IDLE) for (;;) __asm__ volatile("cli; hlt");
 
-    uint64_t due = rdtsc();
+    struct pulse *pulse = (struct pulse *)(data - PAGE);
+    pulse->per_ms = per_ms;
+    uint64_t due = rdtsc(), worked = due;
     for (;;) {
         uint64_t now = rdtsc();
         uint64_t most = (uint64_t)per_ms * BACKLOG_MS;
@@ -186,6 +191,9 @@ void main(const char *line)
             } else if (writing) {
                 write_random(data, pages, writes);
             }
+            uint64_t done = rdtsc();
+            if (done - worked > pulse->longest) pulse->longest = done - worked;
+            worked = done;
         }
         __asm__ volatile("sti; hlt; cli");
     }

@@ -1,0 +1,136 @@
+//! The dry run on real guests: that it never stops one, that it leaves nothing behind, and that it tells what a real migration would do.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use std::{future::pending, time::Duration};
+
+use migvisor::{
+    dryrun::{self, DryRunError, Plan, Report},
+    model::{
+        forecast::{CostWeights, HostConstants, Question, Sla, Verdict},
+        units::BytesPerSecond,
+    },
+    qemu::monitor::Monitor,
+};
+use migvisor_e2e::lab::{GuestSpec, Outcome, Settings, Truth, Vm, VmSpec, host, migrate};
+
+/// A failing case takes as long as its budget: 20 s per decimal GB, as some distributions ship.
+const BUDGET: Duration = Duration::from_secs(20);
+/// Runs of each kind, and the median counts: where in its cycle a guest is, and a busy moment of the machine, are nobody's error.
+const REPEATS: usize = 5;
+
+/// Guests share two cores: one test at a time.
+static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+
+async fn product(vm: &Vm) -> Monitor {
+    Monitor::connect(&vm.qmp().to_owned().into(), Duration::from_secs(5)).await.unwrap()
+}
+
+async fn dry_run(vm: &Vm, plan: &Plan) -> Result<Report, DryRunError> {
+    dryrun::run(product(vm).await, plan, |_| (), pending()).await
+}
+
+/// One setting of one guest: a cap in MiB/s and a limit in ms, or no cap over a line of so many MiB/s.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Under {
+    Cap(u64, u64),
+    Link(u64),
+}
+use Under::{Cap, Link};
+
+impl Under {
+    fn settings(self) -> Settings {
+        match self {
+            Cap(mib, limit) => {
+                Settings { downtime_limit: Duration::from_millis(limit), time_budget: BUDGET, ..Settings::capped(mib) }
+            }
+            Link(mib) => Settings { link: Some(BytesPerSecond(mib << 20)), time_budget: BUDGET, ..Settings::uncapped() },
+        }
+    }
+
+    fn plan(self) -> Plan {
+        let Settings { bandwidth, downtime_limit, time_budget, link } = self.settings();
+        Plan { link, downtime_limits: vec![downtime_limit], time_budget: Some(time_budget), ..Plan::new(bandwidth) }
+    }
+
+    fn question(self, host: HostConstants) -> Question {
+        let Settings { bandwidth, downtime_limit, time_budget, link } = self.settings();
+        Question {
+            bandwidth,
+            downtime_limit,
+            time_budget: Some(time_budget),
+            host: HostConstants { line_rate: link.unwrap_or(host.line_rate), ..host },
+            sla: Sla::default(),
+            weights: CostWeights::default(),
+        }
+    }
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+/// The error of the median total time; `None` where both fail.
+async fn side_by_side(name: &str, guest: GuestSpec, host: HostConstants, settings: &[Under]) -> Vec<(String, f64)> {
+    let spec = VmSpec::new(guest);
+    let mut source = Vm::start(spec.clone()).await.unwrap();
+    let mut errors = vec![];
+    for &under in settings {
+        let (mut forecasts, mut truths): (Vec<_>, Vec<Truth>) = (vec![], vec![]);
+        // In turn, so that what else the machine does meets both.
+        for _ in 0..REPEATS {
+            let report = dry_run(&source, &under.plan()).await.unwrap();
+            forecasts.push(report.forecast(&under.question(host)).unwrap());
+            let mut target = Vm::incoming(spec.clone()).await.unwrap();
+            let truth = migrate(&mut source, &mut target, under.settings()).await.unwrap();
+            if truth.status == Outcome::Completed {
+                source = target;
+            }
+            truths.push(truth);
+            if forecasts[0].verdict == Verdict::Fails {
+                break;
+            }
+        }
+        let totals: Vec<_> = forecasts.iter().map(|f| f.total_ms.round()).collect();
+        let reals: Vec<_> = truths.iter().map(|truth| truth.total_ms).collect();
+        let of = |figure: fn(&Truth) -> u64| median(truths.iter().map(|truth| figure(truth) as f64).collect());
+        let error = median(totals.clone()) / of(|truth| truth.total_ms) - 1.0;
+        println!(
+            "{name:<13} {under:?}: {:?}  total {totals:?} real {reals:?} ({:+.1} %)  pages {} real {}  syncs {} real {}  downtime {:.0} real {:.0}",
+            forecasts[0].verdict,
+            error * 100.0,
+            median(forecasts.iter().map(|f| f.dirtied_pages as f64).collect()),
+            of(|truth| truth.pages),
+            median(forecasts.iter().map(|f| f.iterations as f64).collect()),
+            of(|truth| truth.syncs),
+            median(forecasts.iter().map(|f| f.downtime_ms.unwrap_or(0.0)).collect()),
+            of(|truth| truth.downtime_ms.unwrap_or(0)),
+        );
+        for (forecast, truth) in forecasts.iter().zip(&truths) {
+            let wanted = if truth.status == Outcome::Completed { Verdict::Converges } else { Verdict::Fails };
+            assert_eq!(forecast.verdict, wanted, "{name} {under:?}: {truth:?}");
+        }
+        if forecasts[0].verdict == Verdict::Converges {
+            errors.push((format!("{name} {under:?}"), error.abs()));
+        }
+    }
+    errors
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dry_run_tells_what_the_migration_does() {
+    let _alone = ALONE.lock().await;
+    let host = host::calibrate().await.unwrap();
+    println!("{host:?}");
+    let mut errors = vec![];
+    let uniform = [Cap(100, 300), Cap(20, 300), Link(100), Link(200)];
+    errors.extend(side_by_side("uniform", GuestSpec::uniform(16_384, 40), host, &uniform).await);
+    let hot = [Cap(60, 300), Cap(100, 300), Cap(200, 300), Cap(200, 50), Link(100), Link(200)];
+    errors.extend(side_by_side("hot-cold", GuestSpec::hot(49_152, 40, 2048, 90), host, &hot).await);
+    let sweep = [Cap(35, 300), Cap(60, 300), Cap(100, 300), Link(100), Link(200)];
+    errors.extend(side_by_side("sequential", GuestSpec::sequential(24_576, 12), host, &sweep).await);
+    errors.sort_by(|a, b| a.1.total_cmp(&b.1));
+    let middle = errors[errors.len() / 2].1;
+    println!("total time, {} cases: median error {:.1} %, worst {:?}", errors.len(), middle * 100.0, errors.last());
+    assert!(middle <= 0.03, "{errors:?}");
+}
