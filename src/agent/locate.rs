@@ -53,6 +53,12 @@ pub enum LocateError {
     Process(#[from] ProcessError),
 }
 
+/// A pod UID comes from an object, so it may be any text: only a plain name may become part of a path.
+pub fn is_plain_uid(pod_uid: &str) -> bool {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-';
+    (1..=63).contains(&pod_uid.len()) && pod_uid.bytes().all(plain)
+}
+
 /// Finds the QEMU of a pod.
 pub trait Locate: Send + Sync + 'static {
     /// What to look at.
@@ -72,10 +78,7 @@ impl SocketDirectory {
 
 impl Locate for SocketDirectory {
     fn locate(&self, pod_uid: &str) -> Result<Target, LocateError> {
-        let plain = !pod_uid.is_empty()
-            && pod_uid.len() <= 63
-            && pod_uid.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
-        if !plain {
+        if !is_plain_uid(pod_uid) {
             return Err(LocateError::NotAUid);
         }
         let path = self.0.join(format!("{pod_uid}.sock"));

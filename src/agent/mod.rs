@@ -8,10 +8,17 @@
 //!                         └──────────── vm: what is known of each VM ────────────┘
 //! ```
 //!
-//! One VM is looked at at a time, so that the agent's cost on a node is bounded. Everything is level-triggered: the loop may be
-//! killed at any point and takes up from what the API server shows.
+//! Each arrow is a job, a task of its own; this loop only books what comes of them, so it never waits for a QEMU or an API server. One VM is
+//! looked at at a time and one is rehearsed (a dry run), so that the agent's cost on a node is bounded; a CPU budget holds the whole process.
+//! A QEMU is spoken to by one job at a time. Everything is level-triggered: the loop may be killed at any point and takes up from what the
+//! API server shows and what the checkpoint kept.
 
+pub mod along;
 pub mod answer;
+pub mod budget;
+pub mod checkpoint;
+mod dry_run;
+mod jobs;
 pub mod locate;
 pub mod metrics;
 pub mod publish;
@@ -20,29 +27,35 @@ pub mod vm;
 pub mod watch;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use k8s_openapi::jiff::Timestamp;
 use kube::Client;
-use tokio::{sync::watch::Receiver, task::spawn_blocking};
+use tokio::{
+    sync::watch::Receiver,
+    task::{AbortHandle, JoinSet},
+};
 use tracing::{debug, info, warn};
 
 use self::{
-    answer::Asked,
+    budget::Budget,
+    checkpoint::Checkpoint,
+    dry_run::Task,
+    jobs::{Known, LookError, Outcome, Shared, cpu_used},
     locate::Locate,
     metrics::AgentMetrics,
-    publish::{Written, publish},
-    schedule::{Job, Next},
-    vm::{Key, Seen, Vm},
+    publish::Written,
+    schedule::{Job, Next, Room},
+    vm::{Key, Life, Vm},
     watch::Questions,
 };
 use crate::{
-    api::{MigrationForecastStatus, names::reason},
-    collector::{self, CollectError, LookOptions, Observation},
-    model::{forecast::HostConstants, pattern::PatternError, predict::forecast},
+    api::names::reason,
+    collector::LookOptions,
+    model::forecast::HostConstants,
     runtime::{
         client::with_causes,
         health::Readiness,
@@ -66,6 +79,10 @@ pub struct Options {
     pub refresh: Duration,
     /// What this host can do, where the question does not say.
     pub host: HostConstants,
+    /// CPU seconds per second that the agent may use: 0.02 for two percent of a core.
+    pub cpu: f64,
+    /// Keeps patterns over a restart; `None`: nothing does.
+    pub checkpoint: Option<Checkpoint>,
 }
 
 /// Why the agent ended.
@@ -77,37 +94,6 @@ pub enum AgentError {
     /// The watch ended without being told to.
     #[error("the watch of MigrationForecasts ended; start the agent again")]
     WatchEnded,
-}
-
-/// Why a look gave nothing.
-#[derive(Debug, thiserror::Error)]
-enum LookError {
-    #[error(transparent)]
-    Locate(#[from] locate::LocateError),
-    #[error(transparent)]
-    Collect(#[from] CollectError),
-    #[error("the VM could not be looked for: {0}; this is a defect of migvisor, please report it")]
-    Find(tokio::task::JoinError),
-    #[error("the look did not end within {} s; look for a hanging QEMU monitor", .0.as_secs())]
-    Timeout(Duration),
-    #[error("the question is no more")]
-    GivenUp,
-    #[error("what was seen makes no pattern: {0}; look for a longer time (--look)")]
-    Pattern(#[from] PatternError),
-    #[error("what was seen could not be described: {0}; this is a defect of migvisor, please report it")]
-    Describe(tokio::task::JoinError),
-}
-
-impl LookError {
-    /// For the metric.
-    fn result(&self) -> &'static str {
-        match self {
-            Self::Locate(_) => "not_found",
-            Self::Collect(_) | Self::Pattern(_) | Self::Describe(_) | Self::Find(_) => "failed",
-            Self::Timeout(_) => "timeout",
-            Self::GivenUp => "given_up",
-        }
-    }
 }
 
 /// Answers until `shutdown` drains. Readiness waits for the first whole list of questions.
@@ -122,180 +108,251 @@ pub async fn run(
     let metrics = AgentMetrics::new(registry)?;
     let ready = readiness.wait_for("watch of MigrationForecasts");
     let (questions, watching) = watch::questions(client.clone(), options.node.clone(), ready, shutdown.clone());
-    let agent = Agent { client, options, locate: Arc::new(locate), metrics, questions, vms: BTreeMap::new(), looks: 0 };
+    let budget = Budget::new(options.cpu, cpu_used(), Instant::now());
+    let shared = Arc::new(Shared { client, options, locate, questions: questions.clone(), shutdown: shutdown.clone() });
+    let running = Running::default();
+    let agent = Agent { shared, metrics, questions, vms: BTreeMap::new(), running, budget, looks: 0, tidied: false };
     tokio::select! {
         ended = agent.work(&shutdown) => ended,
         () = watching => if shutdown.is_ending() { Ok(()) } else { Err(AgentError::WatchEnded) },
     }
 }
 
+/// So many answers are written at a time: an API server that is slow for one of them should not hold up all.
+const WRITES: usize = 4;
+/// At the end dry runs get this long to leave their VMs as they found them.
+const ENDING: Duration = Duration::from_secs(5);
+
+/// The jobs that are under way.
+#[derive(Default)]
+struct Running {
+    tasks: JoinSet<Outcome>,
+    whose: HashMap<tokio::task::Id, (Key, Life, Job, AbortHandle)>,
+}
+
+impl Running {
+    fn count(&self, job: Job) -> usize {
+        self.whose.values().filter(|(_, _, other, _)| *other == job).count()
+    }
+
+    fn begin(&mut self, key: Key, life: Life, job: Job, work: impl Future<Output = Outcome> + Send + 'static) {
+        let task = self.tasks.spawn(work);
+        self.whose.insert(task.id(), (key, life, job, task));
+    }
+
+    /// The next job that has ended; never, while there is none. A job that panicked has no outcome.
+    async fn next(&mut self) -> ((Key, Life, Job), Result<Outcome, tokio::task::JoinError>) {
+        loop {
+            let Some(ended) = self.tasks.join_next_with_id().await else { return std::future::pending().await };
+            let (id, outcome) = match ended {
+                Ok((id, outcome)) => (id, Ok(outcome)),
+                Err(error) => (error.id(), Err(error)),
+            };
+            if let Some((key, life, job, _)) = self.whose.remove(&id) {
+                return ((key, life, job), outcome);
+            }
+        }
+    }
+
+    /// Gives up everything but dry runs: those put their VMs back as they found them, and get the time for it.
+    async fn end(mut self) {
+        self.whose.values().filter(|(_, _, job, _)| *job != Job::DryRun).for_each(|(.., task)| task.abort());
+        let ended = async { while self.tasks.join_next().await.is_some() {} };
+        if tokio::time::timeout(ENDING, ended).await.is_err() {
+            warn!("a dry run did not end in time; QEMU gives it up when this process is gone");
+        }
+    }
+}
+
 struct Agent<L> {
-    client: Client,
-    options: Options,
-    locate: Arc<L>,
+    shared: Arc<Shared<L>>,
     metrics: AgentMetrics,
     questions: Receiver<Questions>,
     vms: BTreeMap<Key, Vm>,
+    running: Running,
+    budget: Budget,
     /// How many looks were begun.
     looks: u64,
+    /// The checkpoint was rid of VMs that are not here any more, once after the start.
+    tidied: bool,
 }
 
 impl<L: Locate> Agent<L> {
     async fn work(mut self, shutdown: &Shutdown) -> Result<(), AgentError> {
-        info!(node = %self.options.node, refresh = ?self.options.refresh, look = ?self.options.look.duration, "answering the forecasts of this node");
+        let Options { node, refresh, look, .. } = &self.shared.options;
+        info!(%node, ?refresh, look = ?look.duration, "answering the forecasts of this node");
         loop {
-            let next = self.plan();
+            self.take_up();
+            let until = self.begin_what_is_due().min(Instant::now() + HEARTBEAT);
             tokio::select! {
-                () = shutdown.draining() => return Ok(()),
-                done = self.step(next) => done?,
+                () = shutdown.draining() => break,
+                ((key, life, job), outcome) = self.running.next() => self.book(&key, &life, job, outcome),
+                changed = self.questions.changed() => changed.map_err(|_| AgentError::WatchEnded)?,
+                () = tokio::time::sleep_until(until.into()) => {}
             }
         }
+        self.running.end().await;
+        Ok(())
     }
 
-    /// Takes up what is asked now and picks what to do.
-    fn plan(&mut self) -> Next<Key> {
+    /// Takes up what is asked now.
+    fn take_up(&mut self) {
         let (now, wall) = (Instant::now(), Timestamp::now());
-        let Options { host, refresh, .. } = &self.options;
+        let Options { host, refresh, .. } = &self.shared.options;
+        let checkpoint = self.shared.checkpoint();
         let questions = self.questions.borrow_and_update();
         self.vms.retain(|key, _| questions.ours.contains_key(key));
         for (key, object) in &questions.ours {
-            if let Some(vm) = self.vms.get_mut(key) {
-                vm.update(object, host, now, wall, *refresh);
-            } else {
-                self.vms.insert(key.clone(), Vm::new(object, host, now, wall, *refresh));
+            let anew = match self.vms.get_mut(key) {
+                Some(vm) => vm.update(object, host, now, wall, *refresh),
+                None => self.vms.insert(key.clone(), Vm::new(object, host, now, wall, *refresh)).is_none(),
+            };
+            if let (true, Some(vm), Some(checkpoint)) = (anew, self.vms.get_mut(key), checkpoint) {
+                match checkpoint.load(&object.spec.pod_uid) {
+                    Ok(epochs) => vm.remember(epochs, now, wall, *refresh),
+                    Err(error) => warn!(%error, "a checkpoint is of no use"),
+                }
             }
         }
+        if let (Some(checkpoint), true, false) = (checkpoint, questions.synced, self.tidied) {
+            self.tidied = true;
+            let here = |uid: &str| questions.ours.values().any(|object| object.spec.pod_uid == uid);
+            if let Err(error) = checkpoint.keep_only(here) {
+                warn!(%error, "the checkpoint is not tidied up");
+            }
+        }
+        self.budget.used(cpu_used(), now);
         self.metrics.show(&questions, &self.vms, now);
-        let cases: Vec<_> = self.vms.iter().map(|(key, vm)| vm.case(key.clone(), now)).collect();
-        schedule::next(&cases, now, *refresh)
     }
 
-    async fn step(&mut self, next: Next<Key>) -> Result<(), AgentError> {
-        let until = match next {
-            Next::Now(key, job) => {
-                match job {
-                    Job::Look => self.look(&key).await,
-                    Job::Answer => self.answer(&key).await,
-                    Job::Write => self.write(&key).await,
-                }
-                return Ok(());
+    /// Begins everything that is due and that there is room for; returns when to look again.
+    fn begin_what_is_due(&mut self) -> Instant {
+        loop {
+            let now = Instant::now();
+            let room = Room {
+                write: self.running.count(Job::Write) < WRITES,
+                answer: self.running.count(Job::Answer) == 0,
+                look: self.running.count(Job::Look) == 0,
+                dry_run: self.running.count(Job::DryRun) == 0,
+                routine_from: self.budget.routine_from(),
+            };
+            let cases: Vec<_> = self.vms.iter().map(|(key, vm)| vm.case(key.clone(), now)).collect();
+            match schedule::next(&cases, now, self.shared.options.refresh, &room) {
+                Next::Now(key, job) => self.begin(key, job, now),
+                Next::Later(until) => return until,
+                Next::Never => return now + HEARTBEAT,
             }
-            Next::Later(until) => until.min(Instant::now() + HEARTBEAT),
-            Next::Never => Instant::now() + HEARTBEAT,
-        };
-        tokio::select! {
-            () = tokio::time::sleep_until(until.into()) => Ok(()),
-            changed = self.questions.changed() => changed.map_err(|_| AgentError::WatchEnded),
         }
     }
 
-    async fn look(&mut self, key: &Key) {
-        let Some(pod_uid) = self.vms.get(key).map(|vm| vm.pod_uid().to_owned()) else { return };
-        let (namespace, name) = key;
-        self.looks = self.looks.wrapping_add(1);
-        let started = Instant::now();
-        let looked = self.observe(key, &pod_uid).await;
-        let took = started.elapsed();
-        self.metrics.looks.with_label_values(&[looked.as_ref().map_or_else(LookError::result, |_| "ok")]).inc();
-        let Some(vm) = self.vms.get_mut(key) else { return };
-        match looked {
-            Ok(seen) => {
-                self.metrics.look_seconds.observe(took.as_secs_f64());
-                info!(namespace, name, ?took, "looked");
-                // Always a little early, never late: the answer has to stay fresh.
-                vm.looked(seen, self.options.refresh.mul_f64(spread(0.9, 1.0)));
+    fn begin(&mut self, key: Key, job: Job, now: Instant) {
+        let effort = self.budget.effort(self.vms.len(), self.shared.options.refresh);
+        let Some(vm) = self.vms.get_mut(&key) else { return };
+        let (shared, life) = (Arc::clone(&self.shared), vm.life().clone());
+        let (k, l) = (key.clone(), life.clone());
+        vm.begun(job);
+        match job {
+            Job::Look => {
+                self.looks = self.looks.wrapping_add(1);
+                // Other pages each time: what one draw of samples misses, the next one sees.
+                let seed = self.looks;
+                self.running.begin(key, life, job, async move { jobs::look(&shared, &k, &l, seed, effort).await });
             }
-            Err(LookError::GivenUp) => debug!(namespace, name, "the question went away while looking"),
+            Job::Answer => {
+                let known = Known::of(vm, now);
+                self.running.begin(key, life, job, jobs::answer(known));
+            }
+            Job::Write => match vm.to_write().cloned() {
+                Some(status) => self.running.begin(key, life, job, async move { jobs::write(&shared, &k, &l, status).await }),
+                None => vm.ended(job),
+            },
+            Job::Along => {
+                let uid = vm.hint().map(|hint| hint.migration_uid.clone()).unwrap_or_default();
+                let last = self
+                    .shared
+                    .questions
+                    .borrow()
+                    .ours
+                    .get(&key)
+                    .and_then(|object| object.status.as_ref()?.last_migration.clone());
+                self.running.begin(key, life, job, async move { jobs::read_along(&shared, &k, &l, uid, last).await });
+            }
+            Job::DryRun => match vm.dry_run_wanted().map(|(asked, _)| asked.clone()) {
+                Some(asked) => {
+                    let task = Task { asked, question: vm.asked().clone(), fingerprint: vm.question().fingerprint.clone() };
+                    self.running.begin(key, life, job, async move { dry_run::dry_run(&shared, &k, &l, task).await });
+                }
+                None => vm.ended(job),
+            },
+        }
+    }
+
+    /// Takes note of what became of a job. What was found out about a VM that is not here any more, or another one by now, is dropped.
+    fn book(&mut self, key: &Key, life: &Life, job: Job, outcome: Result<Outcome, tokio::task::JoinError>) {
+        let (now, (namespace, name)) = (Instant::now(), key);
+        let Some(vm) = self.vms.get_mut(key).filter(|vm| vm.life() == life) else { return };
+        vm.ended(job);
+        let outcome = match outcome {
+            Ok(outcome) => outcome,
             Err(error) => {
-                let message = error.to_string();
-                // Once, not at every attempt.
-                if vm.trouble().is_none_or(|trouble| trouble.message != message) {
-                    warn!(namespace, name, %error, "could not look");
-                }
-                vm.failed(reason::NOT_MEASURED, message, Instant::now(), spread(0.8, 1.2));
+                warn!(namespace, name, ?job, %error, "a job broke off: this is a defect of migvisor, please report it");
+                return vm.failed(reason::NOT_MEASURED, format!("the agent's job broke off ({error})"), now, spread(0.8, 1.2));
             }
-        }
-    }
-
-    /// One look. Given up as soon as nobody asks about this pod any more.
-    async fn observe(&self, key: &Key, pod_uid: &str) -> Result<Seen, LookError> {
-        let (locate, uid) = (Arc::clone(&self.locate), pod_uid.to_owned());
-        let target = spawn_blocking(move || locate.locate(&uid)).await.map_err(LookError::Find)??;
-        // Other pages each time: what one draw of samples misses, the next one sees.
-        let seed = self.options.look.seed.wrapping_add(self.looks);
-        let look = LookOptions { seed, ..self.options.look.clone() };
-        let limit = look.duration * 3 + Duration::from_secs(30);
-        let observation = tokio::select! {
-            observed = tokio::time::timeout(limit, collector::observe(&target, &look, |_| ())) =>
-                observed.map_err(|_| LookError::Timeout(limit))??,
-            () = self.gone(key, pod_uid) => return Err(LookError::GivenUp),
         };
-        let (at, measured_at) = (Instant::now(), Timestamp::now());
-        let pattern = spawn_blocking(move || Observation::pattern(&observation)).await.map_err(LookError::Describe)??;
-        Ok(Seen { pattern: Arc::new(pattern), at, measured_at })
-    }
-
-    /// Resolves once `key` does not ask about this pod any more.
-    async fn gone(&self, key: &Key, pod_uid: &str) {
-        let mut questions = self.questions.clone();
-        let asks = |questions: &Questions| questions.ours.get(key).is_some_and(|object| object.spec.pod_uid == pod_uid);
-        if questions.wait_for(|questions| !asks(questions)).await.is_err() {
-            std::future::pending::<()>().await;
-        }
-    }
-
-    /// Answers from what is known: the fresh pattern, else the failure, else the question's own words.
-    async fn answer(&mut self, key: &Key) {
-        let now = Instant::now();
-        let Some(vm) = self.vms.get(key) else { return };
-        let asked = vm.question().clone();
-        let status = match (vm.asked(), vm.fresh(now)) {
-            (Asked::Words(why, message), _) => MigrationForecastStatus::unknown(why, message, &asked, None),
-            (Asked::Model(question), Some(seen)) => {
-                let (question, pattern, measured_at) = (question.clone(), seen.pattern.clone(), seen.measured_at);
-                let replay = move || (forecast(&pattern, &question), question);
-                match spawn_blocking(replay).await {
-                    Ok((forecast, question)) => {
-                        self.metrics.forecast_seconds.observe(now.elapsed().as_secs_f64());
-                        MigrationForecastStatus::from_forecast(&forecast, &question, &asked, measured_at)
+        match outcome {
+            Outcome::Looked { looked, took, cost, effort } => {
+                self.budget.looked(cost, effort);
+                self.metrics.looks.with_label_values(&[looked.as_ref().map_or_else(LookError::result, |_| "ok")]).inc();
+                match looked {
+                    Ok(seen) => {
+                        self.metrics.look_seconds.observe(took.as_secs_f64());
+                        info!(namespace, name, ?took, effort, "looked");
+                        // Always a little early, never late: the answer has to stay fresh.
+                        vm.looked(seen, self.shared.options.refresh.mul_f64(spread(0.9, 1.0)));
+                        jobs::keep(&self.shared, &life.pod_uid, vm.epochs().to_vec());
+                    }
+                    Err(LookError::GivenUp) => debug!(namespace, name, "the question went away while looking"),
+                    Err(error) => {
+                        let message = error.to_string();
+                        // Once, not at every attempt.
+                        if vm.trouble().is_none_or(|trouble| trouble.message != message) {
+                            warn!(namespace, name, %error, "could not look");
+                        }
+                        vm.failed(reason::NOT_MEASURED, message, now, spread(0.8, 1.2));
+                    }
+                }
+            }
+            Outcome::Answered { status, took } => {
+                self.metrics.forecast_seconds.observe(took.as_secs_f64());
+                vm.answered(answer::with_condition(*status, vm.published(), Timestamp::now()), now);
+            }
+            Outcome::Written { status, written } => {
+                let result = match written {
+                    Ok(written) => {
+                        debug!(namespace, name, verdict = ?status.verdict, reason = status.reason, ?written, "answered");
+                        vm.written(*status, now);
+                        if written == Written::Done { "ok" } else { "gone" }
                     }
                     Err(error) => {
-                        let message = format!("the forecast failed: {error}; this is a defect of migvisor, please report it");
-                        MigrationForecastStatus::unknown(reason::NOT_MEASURED, message, &asked, None)
+                        warn!(namespace, name, error = with_causes(&error), "the answer was not written; trying again");
+                        vm.write_failed(now, spread(0.8, 1.2));
+                        "error"
                     }
+                };
+                self.metrics.writes.with_label_values(&[result]).inc();
+            }
+            Outcome::ReadAlong { migration_uid, read } => {
+                if let Err(error) = read {
+                    warn!(namespace, name, %error, "a migration was not read along to its end");
                 }
+                // Once, whatever came of it: what is gone does not come back.
+                vm.read_along_to_its_end(migration_uid);
             }
-            (Asked::Model(_), None) => {
-                let (why, message) = vm
-                    .trouble()
-                    .map_or((reason::NOT_MEASURED, "not looked at yet"), |trouble| (trouble.reason, &trouble.message));
-                MigrationForecastStatus::unknown(why, message, &asked, vm.seen().map(|seen| seen.measured_at))
+            Outcome::DryRun(status) => {
+                info!(namespace, name, id = status.id, phase = ?status.phase, message = status.message, "dry run");
+                vm.dry_run_ended(*status, now);
             }
-        };
-        if let Some(vm) = self.vms.get_mut(key) {
-            let status = answer::with_condition(status, vm.published(), Timestamp::now());
-            vm.answered(status, Instant::now());
         }
-    }
-
-    async fn write(&mut self, key: &Key) {
-        let Some((vm, status)) = self.vms.get_mut(key).and_then(|vm| vm.to_write().cloned().map(|status| (vm, status))) else {
-            return;
-        };
-        let (namespace, name) = key;
-        let result = match publish(&self.client, key, vm.uid(), &status).await {
-            Ok(written) => {
-                debug!(namespace, name, verdict = ?status.verdict, reason = status.reason, ?written, "answered");
-                vm.written(status, Instant::now());
-                if written == Written::Done { "ok" } else { "gone" }
-            }
-            Err(error) => {
-                warn!(namespace, name, error = with_causes(&error), "the answer was not written; trying again");
-                vm.write_failed(Instant::now(), spread(0.8, 1.2));
-                "error"
-            }
-        };
-        self.metrics.writes.with_label_values(&[result]).inc();
     }
 }
 

@@ -1,6 +1,7 @@
-//! Writes an answer into the status of its question: only this agent's fields, by server-side apply.
+//! Writes into the status of a question: only this agent's fields, by server-side apply.
 //!
-//! In: a status. Out: written, or gone (the question is no more), or an error after a few attempts. Fields of other managers
+//! In: an answer, how far a dry run is, how far a migration is. Out: written, or gone (the question is no more), or an error after a few
+//! attempts. Each of the three has a field manager of its own, so that one is written without the others; fields of the manager
 //! (`outcome`, `Ready`, `DataStale`) are not in what is sent, so the API server keeps them.
 
 use std::time::Duration;
@@ -14,7 +15,12 @@ use serde_json::json;
 use tracing::debug;
 
 use super::vm::Key;
-use crate::api::{MigrationForecast, MigrationForecastStatus, names};
+use crate::api::{
+    MigrationForecast, MigrationForecastStatus,
+    dry_run::DryRunStatus,
+    migration::{InFlight, LastMigration},
+    names,
+};
 
 /// How long one attempt may take.
 const ATTEMPT: Duration = Duration::from_secs(10);
@@ -50,24 +56,63 @@ impl PublishError {
     }
 }
 
+/// A part of the status that is written by itself.
+#[derive(Debug, Clone, Copy)]
+pub enum Part<'a> {
+    /// The answer.
+    Answer(&'a MigrationForecastStatus),
+    /// How far a dry run is, or what came of it.
+    DryRun(&'a DryRunStatus),
+    /// How far a migration is, and what became of the last one.
+    Migration {
+        /// `None`: none runs.
+        in_flight: Option<&'a InFlight>,
+        /// `None`: nothing is known of one.
+        last: Option<&'a LastMigration>,
+    },
+}
+
+impl Part<'_> {
+    fn field_manager(self) -> &'static str {
+        match self {
+            Self::Answer(_) => names::AGENT,
+            Self::DryRun(_) => names::AGENT_DRY_RUN,
+            Self::Migration { .. } => names::AGENT_MIGRATION,
+        }
+    }
+
+    /// Only this part's fields.
+    fn status(self) -> MigrationForecastStatus {
+        match self {
+            Self::Answer(status) => {
+                MigrationForecastStatus { outcome: None, dry_run: None, in_flight: None, last_migration: None, ..status.clone() }
+            }
+            Self::DryRun(run) => MigrationForecastStatus { dry_run: Some(run.clone()), ..MigrationForecastStatus::default() },
+            Self::Migration { in_flight, last } => MigrationForecastStatus {
+                in_flight: in_flight.cloned(),
+                last_migration: last.cloned(),
+                ..MigrationForecastStatus::default()
+            },
+        }
+    }
+}
+
 /// The body of the apply. `uid` makes it fail for an object of the same name that was made anew.
-fn body((namespace, name): &Key, uid: &str, status: &MigrationForecastStatus) -> serde_json::Value {
-    let mut status = status.clone();
-    status.outcome = None;
+fn body((namespace, name): &Key, uid: &str, part: Part<'_>) -> serde_json::Value {
     json!({
         "apiVersion": <MigrationForecast as kube::Resource>::api_version(&()),
         "kind": <MigrationForecast as kube::Resource>::kind(&()),
         "metadata": { "namespace": namespace, "name": name, "uid": uid },
-        "status": status,
+        "status": part.status(),
     })
 }
 
-/// Writes `status`, with a few attempts.
-pub async fn publish(client: &Client, key: &Key, uid: &str, status: &MigrationForecastStatus) -> Result<Written, PublishError> {
+/// Writes a part, with a few attempts.
+pub async fn publish(client: &Client, key: &Key, uid: &str, part: Part<'_>) -> Result<Written, PublishError> {
     let (namespace, name) = key;
     let api: Api<MigrationForecast> = Api::namespaced(client.clone(), namespace);
-    let params = PatchParams::apply(names::AGENT).force();
-    let patch = Patch::Apply(body(key, uid, status));
+    let params = PatchParams::apply(part.field_manager()).force();
+    let patch = Patch::Apply(body(key, uid, part));
     let attempt = || async {
         match tokio::time::timeout(ATTEMPT, api.patch_status(name, &params, &patch)).await {
             Err(_) => Err(PublishError::Timeout),
@@ -102,7 +147,7 @@ mod tests {
             outcome: Some(Outcome::default()),
             ..MigrationForecastStatus::default()
         };
-        let sent = body(&("ns".to_owned(), "vm".to_owned()), "u", &status);
+        let sent = body(&("ns".to_owned(), "vm".to_owned()), "u", Part::Answer(&status));
         assert_eq!(sent["status"], json!({ "observedGeneration": 3 }));
         assert_eq!(sent["apiVersion"], "migvisor.io/v1alpha1");
         assert_eq!(sent["metadata"]["uid"], "u");

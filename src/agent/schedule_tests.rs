@@ -19,7 +19,34 @@ fn clock() -> (Instant, Instant) {
 
 /// Answered, fresh, not due for a while.
 fn quiet(key: &'static str, now: Instant) -> Case<&'static str> {
-    Case { key, wanted_since: None, measurable: true, fresh: true, refresh_due: now + s(300), look_after: None, write_due: None }
+    Case { key, fresh: true, refresh_due: now + s(300), ..blank(key) }
+}
+
+/// Nothing known, nothing wanted.
+fn blank<K: Clone>(key: K) -> Case<K> {
+    let soon = Instant::now();
+    Case {
+        key,
+        wanted_since: None,
+        measurable: true,
+        fresh: false,
+        refresh_due: soon,
+        look_after: None,
+        write_due: None,
+        pressing: false,
+        engaged: false,
+        migrating: None,
+        dry_run_wanted: None,
+    }
+}
+
+/// Room for everything.
+fn room(now: Instant) -> Room {
+    Room { write: true, answer: true, look: true, dry_run: true, routine_from: now.checked_sub(s(100_000)).unwrap_or(now) }
+}
+
+fn next<K: Clone>(cases: &[Case<K>], now: Instant, refresh: Duration) -> Next<K> {
+    super::next(cases, now, refresh, &room(now))
 }
 
 #[test]
@@ -69,6 +96,54 @@ fn what_cannot_be_measured_is_answered_and_never_looked_at() {
     assert_eq!(next(&[Case { wanted_since: None, ..case }], now, REFRESH), Next::Never);
 }
 
+#[test]
+fn a_migration_that_waits_goes_first_and_no_budget_holds_it_back() {
+    let (start, now) = clock();
+    let asked = Case { wanted_since: Some(start + s(9_000)), fresh: false, ..quiet("asked", now) };
+    let pressing = Case { wanted_since: Some(now), pressing: true, ..Case { key: "pressing", ..asked.clone() } };
+    let spent = Room { routine_from: now + s(50), ..room(now) };
+    assert_eq!(super::next(&[asked.clone(), pressing], now, REFRESH, &spent), Next::Now("pressing", Job::Look));
+    assert_eq!(super::next(&[asked], now, REFRESH, &spent), Next::Later(now + s(50)));
+}
+
+#[test]
+fn a_qemu_is_spoken_to_by_one_job_and_never_measured_while_it_migrates() {
+    let (start, now) = clock();
+    let due = Case { refresh_due: start, dry_run_wanted: Some(start), write_due: Some(start), ..quiet("vm", now) };
+    let jobs = |case: &Case<&'static str>| {
+        let (mut case, mut seen) = (case.clone(), vec![]);
+        while let Next::Now(_, job) = next(std::slice::from_ref(&case), now, REFRESH) {
+            seen.push(job);
+            match job {
+                Job::Write => case.write_due = None,
+                Job::DryRun => case.dry_run_wanted = None,
+                Job::Look => case.refresh_due = now + s(300),
+                Job::Along => case.migrating = Some(Moving::Read),
+                Job::Answer => case.wanted_since = None,
+            }
+        }
+        seen
+    };
+    assert_eq!(jobs(&due), [Job::Write, Job::DryRun, Job::Look]);
+    assert_eq!(jobs(&Case { engaged: true, ..due.clone() }), [Job::Write]);
+    assert_eq!(jobs(&Case { migrating: Some(Moving::Unread(start)), ..due.clone() }), [Job::Write, Job::Along]);
+    // Somebody asks while it migrates: what is known is said, and nothing is measured.
+    assert_eq!(
+        jobs(&Case { migrating: Some(Moving::Read), wanted_since: Some(now), fresh: false, write_due: None, ..due }),
+        [Job::Answer]
+    );
+}
+
+#[test]
+fn without_room_a_job_waits_and_others_go_on() {
+    let (start, now) = clock();
+    let due = Case { refresh_due: start, dry_run_wanted: Some(start), ..quiet("vm", now) };
+    let full = Room { dry_run: false, ..room(now) };
+    assert_eq!(super::next(std::slice::from_ref(&due), now, REFRESH, &full), Next::Now("vm", Job::Look));
+    let full = Room { look: false, ..full };
+    assert_eq!(super::next(&[due], now, REFRESH, &full), Next::Never);
+}
+
 proptest! {
     /// Whatever the cases look like: a job is due, allowed, and belongs to one of them; sleep never oversleeps a job.
     #[test]
@@ -87,6 +162,7 @@ proptest! {
                 refresh_due: at(refresh),
                 look_after: after.map(at),
                 write_due: write.map(at),
+                ..blank(key)
             })
             .collect();
         match next(&cases, now, REFRESH) {
@@ -101,6 +177,7 @@ proptest! {
                 prop_assert!(until > now);
                 prop_assert!(!matches!(next(&cases, until, REFRESH), Next::Later(_) | Next::Never));
             }
+            Next::Now(_, Job::Along | Job::DryRun) => prop_assert!(false, "nobody asked for it"),
             Next::Never => prop_assert!(cases.iter().all(|case| !case.measurable)),
         }
     }
@@ -118,7 +195,7 @@ proptest! {
         let all = vms + failing;
         let mut now = start;
         let mut cases: Vec<_> = (0..all)
-            .map(|key| Case { key, wanted_since: Some(start), measurable: true, fresh: false, refresh_due: start, look_after: None, write_due: None })
+            .map(|key| Case { wanted_since: Some(start), refresh_due: start, ..blank(key) })
             .collect();
         let mut failures = vec![0_u32; all];
         let mut looked = vec![start; all];
@@ -156,7 +233,7 @@ proptest! {
                     cases[key].wanted_since = None;
                     now += Duration::from_millis(200);
                 }
-                Next::Now(_, Job::Write) => unreachable!("nothing to write here"),
+                Next::Now(_, Job::Write | Job::Along | Job::DryRun) => unreachable!("nobody asked for it"),
                 Next::Later(until) => now = until.min(change_at.max(now + s(1))),
                 Next::Never => break,
             }

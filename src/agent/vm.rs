@@ -12,10 +12,17 @@ use k8s_openapi::jiff::Timestamp;
 
 use super::{
     answer::{self, Asked},
-    schedule::Case,
+    checkpoint::{EPOCHS, Epoch},
+    schedule::{Case, Job, Moving},
 };
 use crate::{
-    api::{MigrationForecast, MigrationForecastStatus, QuestionRef},
+    api::{
+        MigrationForecast, MigrationForecastStatus,
+        dry_run::{DryRun, DryRunPhase, DryRunStatus},
+        fingerprint::QuestionRef,
+        forecast::FRESH,
+        migration::{Hint, HintPhase},
+    },
     model::{
         forecast::{HostConstants, Verdict},
         pattern::Pattern,
@@ -25,8 +32,6 @@ use crate::{
 /// Namespace and name of an object.
 pub type Key = (String, String);
 
-/// An older pattern answers nothing any more.
-pub const FRESH: Duration = Duration::from_secs(20 * 60);
 /// An answer is written at least this often, with the time of the newest look (a minute is left for the queue).
 pub const REWRITE: Duration = Duration::from_secs(14 * 60);
 /// The least pause between two writes that answer the same question.
@@ -35,6 +40,15 @@ const WRITE_GAP: Duration = Duration::from_secs(5);
 const BACKOFF: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(300));
 /// The first and the longest pause after a failed write.
 const WRITE_BACKOFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+
+/// Whose life is told: an object, and the pod it asks about. Another one of either begins anew.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Life {
+    /// UID of the object.
+    pub uid: String,
+    /// UID of the pod that holds the VM.
+    pub pod_uid: String,
+}
 
 /// A look that succeeded.
 #[derive(Debug, Clone)]
@@ -61,18 +75,26 @@ pub struct Trouble {
 /// One VM of this node.
 #[derive(Debug)]
 pub struct Vm {
-    uid: String,
-    pod_uid: String,
+    life: Life,
     question: QuestionRef,
     asked: Asked,
     paused: bool,
     wanted_since: Option<Instant>,
     seen: Option<Seen>,
+    /// The last patterns, oldest first, for the checkpoint.
+    epochs: Vec<Epoch>,
     refresh_due: Instant,
     trouble: Option<Trouble>,
     published: Option<(MigrationForecastStatus, Instant)>,
     ready: Option<(MigrationForecastStatus, Instant)>,
     write_failures: u32,
+    /// The jobs that are under way.
+    jobs: Vec<Job>,
+    hint: Option<(Hint, Instant)>,
+    /// The migration that was read along to its end.
+    read_along: Option<String>,
+    dry_run_asked: Option<(DryRun, Instant)>,
+    dry_run: Option<DryRunStatus>,
 }
 
 impl Vm {
@@ -80,24 +102,30 @@ impl Vm {
     /// refresh instead of being looked at at once, so that a restart is no stampede.
     pub fn new(object: &MigrationForecast, host: &HostConstants, now: Instant, wall: Timestamp, refresh: Duration) -> Self {
         let mut vm = Self {
-            uid: object.metadata.uid.clone().unwrap_or_default(),
-            pod_uid: object.spec.pod_uid.clone(),
+            life: life(object),
             question: object.question(),
             asked: answer::read(&object.spec, host),
             paused: object.spec.paused,
             wanted_since: Some(now),
             seen: None,
+            epochs: Vec::new(),
             refresh_due: now,
             trouble: None,
             published: None,
             ready: None,
             write_failures: 0,
+            jobs: Vec::new(),
+            hint: None,
+            read_along: None,
+            dry_run_asked: None,
+            dry_run: object.status.as_ref().and_then(|status| status.dry_run.clone()),
         };
+        vm.take_up_beside(object, now);
         if let Some(status) = &object.status {
             let age = status.measured_at.as_ref().and_then(|at| Duration::try_from(wall.duration_since(at.0)).ok());
             vm.published = now.checked_sub(age.unwrap_or(REWRITE)).map(|at| (status.clone(), at));
             let known = status.verdict.is_some_and(|verdict| verdict != Verdict::Unknown);
-            let answers = status.question.as_ref() == Some(&vm.question.fingerprint);
+            let answers = status.question.as_deref() == Some(vm.question.fingerprint.as_str());
             if let Some(age) = age.filter(|age| known && answers && *age < FRESH) {
                 vm.wanted_since = None;
                 vm.refresh_due = now + refresh.saturating_sub(age);
@@ -115,15 +143,15 @@ impl Vm {
         wall: Timestamp,
         refresh: Duration,
     ) -> bool {
-        if object.metadata.uid.as_deref() != Some(self.uid.as_str()) || object.spec.pod_uid != self.pod_uid {
+        if life(object) != self.life {
             *self = Self::new(object, host, now, wall, refresh);
             return true;
         }
-        // A new generation alone is no new question: what is asked beside it has changed.
+        self.take_up_beside(object, now);
         let question = object.question();
-        let same = question.fingerprint == self.question.fingerprint;
+        let other = question.fingerprint != self.question.fingerprint;
         self.question = question;
-        if !same {
+        if other {
             self.asked = answer::read(&object.spec, host);
             self.wanted_since = Some(now);
             self.ready = None;
@@ -137,32 +165,116 @@ impl Vm {
         false
     }
 
+    /// What is told and asked beside the question: a migration, a dry run.
+    fn take_up_beside(&mut self, object: &MigrationForecast, now: Instant) {
+        let since = |old: Option<Instant>| old.unwrap_or(now);
+        self.hint = object.hint().map(|hint| {
+            let same = self.hint.as_ref().filter(|(old, _)| *old == hint).map(|(_, at)| *at);
+            (hint, since(same))
+        });
+        self.dry_run_asked = object.spec.dry_run.clone().map(|asked| {
+            let same = self.dry_run_asked.as_ref().filter(|(old, _)| *old == asked).map(|(_, at)| *at);
+            (asked, since(same))
+        });
+    }
+
     /// For the scheduler.
     pub fn case(&self, key: Key, now: Instant) -> Case<Key> {
         Case {
             key,
-            wanted_since: self.wanted_since,
+            wanted_since: self.wanted_since.filter(|_| !self.does(Job::Answer)),
             measurable: matches!(self.asked, Asked::Model(_)),
             fresh: self.fresh(now).is_some(),
             refresh_due: self.refresh_due,
             look_after: self.trouble.as_ref().map(|trouble| trouble.until),
-            write_due: self.ready.as_ref().map(|(_, due)| *due),
+            write_due: self.ready.as_ref().filter(|_| !self.does(Job::Write)).map(|(_, due)| *due),
+            pressing: self.hint.is_some(),
+            engaged: self.jobs.iter().any(|job| job.speaks_to_qemu()),
+            migrating: self.migrating(),
+            dry_run_wanted: self.dry_run_wanted().map(|(_, since)| since),
         }
     }
 
-    /// UID of the object.
-    pub fn uid(&self) -> &str {
-        &self.uid
+    /// Whose life this is.
+    pub fn life(&self) -> &Life {
+        &self.life
     }
 
-    /// UID of the pod that holds the VM.
-    pub fn pod_uid(&self) -> &str {
-        &self.pod_uid
-    }
-
-    /// The question that is being asked, for an answer to name.
+    /// The question, as an answer names it.
     pub fn question(&self) -> &QuestionRef {
         &self.question
+    }
+
+    /// The manager says that memory moves: since when somebody should read along, unless that was done.
+    fn migrating(&self) -> Option<Moving> {
+        let (hint, since) = self.hint.as_ref().filter(|(hint, _)| hint.phase == HintPhase::Running)?;
+        let read = self.read_along.as_ref() == Some(&hint.migration_uid);
+        Some(if read { Moving::Read } else { Moving::Unread(*since) })
+    }
+
+    /// The migration that the manager tells of.
+    pub fn hint(&self) -> Option<&Hint> {
+        self.hint.as_ref().map(|(hint, _)| hint)
+    }
+
+    /// The dry run that is asked for and has not come to its end: the same id is the same run.
+    pub fn dry_run_wanted(&self) -> Option<(&DryRun, Instant)> {
+        // A migration that does not wait for this run will want the VM for itself.
+        let others = |id: &str| self.hint.as_ref().is_some_and(|(hint, _)| hint.migration_uid != id);
+        let ended = |id: &str| self.dry_run.as_ref().is_some_and(|run| run.id == id && run.phase.is_final());
+        self.dry_run_asked
+            .as_ref()
+            .filter(|(asked, _)| !ended(&asked.id) && !others(&asked.id))
+            .map(|(asked, since)| (asked, *since))
+    }
+
+    /// The last dry run.
+    pub fn dry_run(&self) -> Option<&DryRunStatus> {
+        self.dry_run.as_ref()
+    }
+
+    /// A dry run came to its end: where it answers the question, the answer is made anew.
+    pub fn dry_run_ended(&mut self, status: DryRunStatus, now: Instant) {
+        if status.phase == DryRunPhase::Done {
+            self.wanted_since = self.wanted_since.or(Some(now));
+        }
+        self.dry_run = Some(status);
+    }
+
+    /// A migration was read along to its end, or cannot be.
+    pub fn read_along_to_its_end(&mut self, migration_uid: String) {
+        self.read_along = Some(migration_uid);
+    }
+
+    /// A job is under way.
+    pub fn begun(&mut self, job: Job) {
+        self.jobs.push(job);
+    }
+
+    /// It has ended, however it did.
+    pub fn ended(&mut self, job: Job) {
+        self.jobs.retain(|other| *other != job);
+    }
+
+    fn does(&self, job: Job) -> bool {
+        self.jobs.contains(&job)
+    }
+
+    /// The last patterns, oldest first.
+    pub fn epochs(&self) -> &[Epoch] {
+        &self.epochs
+    }
+
+    /// Takes up what an earlier life of this agent kept: an answer can be made from it while it is fresh.
+    pub fn remember(&mut self, epochs: Vec<Epoch>, now: Instant, wall: Timestamp, refresh: Duration) {
+        if let Some(newest) = epochs.last().filter(|_| self.seen.is_none()) {
+            let age = Duration::try_from(wall.duration_since(newest.measured_at)).ok();
+            if let Some((age, at)) = age.filter(|age| *age < FRESH).and_then(|age| Some((age, now.checked_sub(age)?))) {
+                self.seen = Some(Seen { pattern: newest.pattern.clone(), at, measured_at: newest.measured_at });
+                self.refresh_due = now + refresh.saturating_sub(age);
+            }
+        }
+        self.epochs = epochs;
     }
 
     /// What is being asked.
@@ -199,6 +311,9 @@ impl Vm {
     pub fn looked(&mut self, seen: Seen, refresh: Duration) {
         self.refresh_due = seen.at + refresh;
         self.wanted_since = self.wanted_since.or(Some(seen.at));
+        self.epochs.push(Epoch { measured_at: seen.measured_at, pattern: seen.pattern.clone() });
+        let too_many = self.epochs.len().saturating_sub(EPOCHS);
+        self.epochs.drain(..too_many);
         self.seen = Some(seen);
         self.trouble = None;
     }
@@ -212,10 +327,10 @@ impl Vm {
         }
     }
 
-    /// An answer to the present question is there: it will be written now, soon or (if it says little new) at the next
+    /// An answer is there: it will be written now, soon or (if it says little new) at the next
     /// rewrite. An answer to an earlier question is dropped.
     pub fn answered(&mut self, status: MigrationForecastStatus, now: Instant) {
-        if status.question.as_ref() != Some(&self.question.fingerprint) {
+        if status.question.as_deref() != Some(self.question.fingerprint.as_str()) {
             return;
         }
         self.wanted_since = None;
@@ -252,6 +367,10 @@ impl Vm {
             *due = now + pause;
         }
     }
+}
+
+fn life(object: &MigrationForecast) -> Life {
+    Life { uid: object.metadata.uid.clone().unwrap_or_default(), pod_uid: object.spec.pod_uid.clone() }
 }
 
 /// Doubles with each failure, up to a limit.

@@ -151,11 +151,16 @@ pub fn questions(
     (receiver, run)
 }
 
-/// Whether the same versions of the same objects are asked; our own status writes come back as new objects with the same spec.
+/// Whether the same is asked of the same objects; our own status writes come back as new objects with the same spec. What the manager
+/// tells of migrations is in annotations.
 fn same(a: &BTreeMap<Key, Arc<MigrationForecast>>, b: &BTreeMap<Key, Arc<MigrationForecast>>) -> bool {
     a.len() == b.len()
         && a.iter().zip(b).all(|((k, x), (l, y))| {
-            k == l && (Arc::ptr_eq(x, y) || x.metadata.uid == y.metadata.uid && x.metadata.generation == y.metadata.generation)
+            k == l
+                && (Arc::ptr_eq(x, y)
+                    || x.metadata.uid == y.metadata.uid
+                        && x.metadata.generation == y.metadata.generation
+                        && x.metadata.annotations == y.metadata.annotations)
         })
 }
 

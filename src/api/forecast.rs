@@ -2,7 +2,10 @@
 //!
 //! In: what an API server stores. Out: the same, typed. Conversions to and from the model are in [`super::convert`].
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use k8s_openapi::{
+    apimachinery::pkg::apis::meta::v1::{Condition, Time},
+    jiff::Timestamp,
+};
 use kube::CustomResource;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -14,6 +17,14 @@ use super::{
     schema,
 };
 use crate::model::forecast::{Method, Verdict};
+
+/// What was measured longer ago than this is stale. Agents look again at least every 15 minutes.
+pub const FRESH: std::time::Duration = std::time::Duration::from_secs(20 * 60);
+
+/// Is this less than [`FRESH`] ago? What lies in the future is no better than what is old: a clock has jumped.
+pub fn is_fresh(at: Option<&Time>, now: Timestamp) -> bool {
+    at.is_some_and(|at| now.duration_since(at.0).unsigned_abs() < FRESH)
+}
 
 /// The question: where the VM runs and what a migration of it would run under. Written by the manager.
 #[derive(CustomResource, Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]

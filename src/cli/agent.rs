@@ -7,6 +7,7 @@ use std::{net::SocketAddr, path::PathBuf};
 use crate::{
     agent::{
         self, Options,
+        checkpoint::{Checkpoint, CheckpointError},
         locate::{Locate, LocateError, PodsDirectory, SocketDirectory},
     },
     api::scalar::Duration,
@@ -50,6 +51,12 @@ pub struct AgentArgs {
     /// How old a pattern gets before the VM is looked at again, 5s to 13m
     #[arg(long, value_name = "DURATION", default_value = "10m", value_parser = between::<5, 780>)]
     pub refresh: Duration,
+    /// CPU that the agent may use, in percent of one core, 0.1 to 100: many VMs are looked at more sparingly, and later
+    #[arg(long, value_name = "PERCENT", default_value = "2", value_parser = percent)]
+    pub cpu_budget: f64,
+    /// Where patterns are kept over a restart of the agent; else they are not
+    #[arg(long, value_name = "DIR")]
+    pub checkpoint: Option<PathBuf>,
     /// Constants of this host (YAML or JSON: lineRate, zeroPagesPerMs, setupMs, syncMs, completionMs), where a question names none
     #[arg(long, value_name = "FILE")]
     pub host: Option<PathBuf>,
@@ -96,6 +103,9 @@ pub enum AgentCommandError {
     /// No metrics.
     #[error(transparent)]
     Metrics(#[from] crate::runtime::metrics::MetricsError),
+    /// No place to keep patterns.
+    #[error("--checkpoint: {0}")]
+    Checkpoint(#[from] CheckpointError),
     /// No metrics and health server.
     #[error(transparent)]
     Health(#[from] health::HealthError),
@@ -108,6 +118,13 @@ fn between<const LEAST: u64, const MOST: u64>(text: &str) -> Result<Duration, St
     let duration: Duration = text.parse().map_err(|error: crate::api::scalar::ParseDurationError| error.to_string())?;
     let range = std::time::Duration::from_secs(LEAST)..=std::time::Duration::from_secs(MOST);
     if range.contains(&duration.0) { Ok(duration) } else { Err(format!("it has to be between {LEAST}s and {MOST}s")) }
+}
+
+fn percent(text: &str) -> Result<f64, String> {
+    match text.trim_end_matches('%').parse() {
+        Ok(percent) if (0.1..=100.0).contains(&percent) => Ok(percent),
+        _ => Err("write a number between 0.1 and 100, such as 2 for two percent of a core".to_owned()),
+    }
 }
 
 /// A node's name becomes a label value in the watch: at most 63 letters, digits, dashes and dots.
@@ -183,7 +200,8 @@ pub async fn run(args: AgentArgs) -> Result<(), AgentCommandError> {
     let server = health::Server::bind(args.listen)?;
     tracing::info!(address = %server.local_addr(), "serving metrics and health");
     let look = LookOptions { duration: args.look.0, source: args.source, ..LookOptions::default() };
-    let options = Options { node: args.node, look, refresh: args.refresh.0, host };
+    let checkpoint = args.checkpoint.as_deref().map(Checkpoint::open).transpose()?;
+    let options = Options { node: args.node, look, refresh: args.refresh.0, host, cpu: args.cpu_budget / 100.0, checkpoint };
     let serving = server.run(metrics.clone(), readiness.clone(), shutdown.clone());
     let answers = async {
         let ended = agent::run(client, options, vms, &metrics, &readiness, shutdown).await;
@@ -221,6 +239,8 @@ mod tests {
         let args = parse(&["--look", "500ms"]).unwrap_err();
         assert!(args.contains("between 1s and 60s"), "{args}");
         assert!(parse(&["--refresh", "1h"]).is_err() && parse(&["--node", "n 2"]).is_err() && parse(&["--node", "-"]).is_err());
+        assert!(parse(&["--cpu-budget", "0"]).unwrap_err().contains("two percent"));
+        assert!((parse(&["--cpu-budget", "5%"]).unwrap().cpu_budget - 5.0).abs() < 1e-9);
         let args = parse(&["--look", "3s", "--refresh", "45s"]).unwrap();
         assert_eq!((args.look.0.as_secs(), args.refresh.0.as_secs()), (3, 45));
     }

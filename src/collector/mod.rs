@@ -68,11 +68,13 @@ pub struct LookOptions {
     pub source: SourceKind,
     /// Draws the pages to sample.
     pub seed: u64,
+    /// The share of all samples that the page sampler takes, above 0 to 1: a look costs CPU in proportion.
+    pub effort: f64,
 }
 
 impl Default for LookOptions {
     fn default() -> Self {
-        Self { duration: Duration::from_secs(12), source: SourceKind::Auto, seed: 1 }
+        Self { duration: Duration::from_secs(12), source: SourceKind::Auto, seed: 1, effort: 1.0 }
     }
 }
 

@@ -30,15 +30,24 @@ const FINE: Duration = Duration::from_millis(10);
 const FINE_SLOTS: u32 = 100;
 const COARSE: Duration = Duration::from_millis(50);
 
+/// So many samples, of all of them: never so few that groups of neighbours say nothing.
+fn share(samples: usize, effort: f64) -> usize {
+    let (samples, least) = (samples as f64, samples.min(256) as f64);
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "between 0 and a few thousand")]
+    let share = (samples * effort).clamp(least, samples.max(least)) as usize;
+    share
+}
+
 /// A run of pages: the first one, and how many.
 type Run = (u64, u64);
 
-/// Looks for `duration`, and about a second more. Blocks: call it off the async threads. Stops early, with what it has,
+/// Looks for `duration`, and about a second more, with this share of the samples. Blocks: call it off the async threads. Stops early, with what it has,
 /// when `stop` is set.
 pub fn look(
     memory: &mut GuestMemory,
     duration: Duration,
     seed: u64,
+    effort: f64,
     stop: &AtomicBool,
     progress: impl Fn(f64),
 ) -> Result<Option<Trace>, MemoryError> {
@@ -49,7 +58,7 @@ pub fn look(
     let Some(Touched { present, swapped }) = memory.touched(stop)? else { return Ok(None) };
     let everything: u64 = present.iter().map(|run| run.1).sum();
 
-    let scouts = spread(&present, everything, SCOUTS, &mut rng);
+    let scouts = spread(&present, everything, share(SCOUTS, effort), &mut rng);
     let mut prints = Prints::new(scouts.len());
     let mut active = vec![false; usize::try_from(memory.pages().div_ceil(BLOCK)).unwrap_or(0)];
     let mut due = Instant::now();
@@ -71,7 +80,7 @@ pub fn look(
     let mut chosen: Vec<(u64, f64)> = Vec::new();
     for (runs, samples) in [(changing, SAMPLES.0), (calm, SAMPLES.1)] {
         let pages: u64 = runs.iter().map(|run| run.1).sum();
-        let picked = spread(&runs, pages, samples, &mut rng);
+        let picked = spread(&runs, pages, share(samples, effort), &mut rng);
         let weight = pages as f64 / picked.len().max(1) as f64;
         chosen.extend(picked.into_iter().map(|page| (page, weight)));
     }

@@ -117,10 +117,10 @@ impl Source for PageSampler {
         let ended = Arc::clone(&nobody_waits.0);
         let done = Arc::new(AtomicU64::new(0));
         let reported = Arc::clone(&done);
-        let (duration, seed) = (options.duration, options.seed);
+        let LookOptions { duration, seed, effort, .. } = *options;
         let mut look = spawn_blocking(move || {
             let note = |share: f64| reported.store(share.to_bits(), Ordering::Relaxed);
-            sampler::look(&mut memory, duration, seed, &ended, note)
+            sampler::look(&mut memory, duration, seed, effort, &ended, note)
         });
         loop {
             tokio::select! {

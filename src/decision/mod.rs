@@ -11,22 +11,17 @@
 
 mod message;
 
-use std::time::Duration;
-
 use k8s_openapi::jiff::Timestamp;
 
 use crate::{
     api::{
-        MigrationForecast, MigrationForecastSpec, MigrationForecastStatus,
-        forecast::BudgetEnd,
+        MigrationForecast, MigrationForecastSpec,
+        forecast::{BudgetEnd, is_fresh},
         names::{kubevirt, reason},
         policy::Mode,
     },
     model::forecast::{Forecast, Verdict},
 };
-
-/// An answer older than this is stale. Agents look again at least every 15 minutes.
-pub const FRESH: Duration = Duration::from_secs(20 * 60);
 
 /// At most this probability is beyond hope.
 pub const HOPELESS: f64 = 0.02;
@@ -153,7 +148,7 @@ pub fn assess(input: &Input<'_>) -> Assessment {
     if status.verdict == Some(Verdict::Unknown) {
         return unknown(reason::NOT_MEASURED, status.message.as_deref().unwrap_or("the agent could not measure the VM"));
     }
-    if !is_fresh(status, input.now) {
+    if !is_fresh(status.measured_at.as_ref(), input.now) {
         return unknown(
             reason::STALE,
             "the VM has not been looked at for more than 20 minutes (is the agent on its node running, and well?)",
@@ -166,11 +161,6 @@ pub fn assess(input: &Input<'_>) -> Assessment {
         Some(_) => unknown(reason::NOT_MEASURED, "the answer contradicts itself"),
         None => unknown(reason::NOT_MEASURED, "the answer is incomplete"),
     }
-}
-
-/// Measured within [`FRESH`]. A measurement from the future is no better than an old one: a clock has jumped.
-pub fn is_fresh(status: &MigrationForecastStatus, now: Timestamp) -> bool {
-    status.measured_at.as_ref().is_some_and(|measured| now.duration_since(measured.0).unsigned_abs() < FRESH)
 }
 
 /// Allow, warn or deny.

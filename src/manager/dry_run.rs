@@ -17,10 +17,11 @@ use crate::{
         MigrationForecast, MigrationForecastSpec,
         dry_run::{Compression, DryRun, DryRunStatus, LONGEST, SHORTEST},
         fingerprint,
+        forecast::is_fresh,
         kubevirt::VirtualMachineInstance,
         policy::{DryRunMode, DryRunPolicy},
     },
-    decision::{self, Assessment, FRESH, Input, Origin},
+    decision::{self, Assessment, Input, Origin},
     model::forecast::{Method, Verdict},
 };
 
@@ -98,11 +99,6 @@ fn answered<'a>(forecast: &'a MigrationForecast, id: &str) -> Option<&'a DryRunS
     (status.id == id && status.phase.is_final()).then_some(status)
 }
 
-/// Of the last 20 minutes: as long as an answer counts. From the future is no better than old: a clock has jumped.
-fn is_recent(status: &DryRunStatus, now: Timestamp) -> bool {
-    status.completed_at.as_ref().is_some_and(|completed| now.duration_since(completed.0).unsigned_abs() < FRESH)
-}
-
 /// What is wanted now. `busy` counts the other dry runs of the manager's that are open on the VM's node; it is asked only where that
 /// matters.
 pub fn wish(case: &Case<'_>, busy: impl FnOnce() -> u64) -> Wish {
@@ -115,7 +111,7 @@ pub fn wish(case: &Case<'_>, busy: impl FnOnce() -> u64) -> Wish {
     let question = case.present.fingerprint();
     let prefix = prefix(&question, case.carriage);
     if let Some(standing) = &stored.spec.dry_run {
-        let recent = answered(stored, &standing.id).map(|status| is_recent(status, case.now));
+        let recent = answered(stored, &standing.id).map(|status| is_fresh(status.completed_at.as_ref(), case.now));
         match (standing.id.starts_with(&prefix), is_ours(standing), recent) {
             // Once asked it stands: near the limit the pattern changes its mind with every look, and a run that is always begun anew
             // never ends. The policy's deadline may change meanwhile; the agent began with the one it saw.
@@ -127,9 +123,9 @@ pub fn wish(case: &Case<'_>, busy: impl FnOnce() -> u64) -> Wish {
         }
     }
     let tried = stored.status.as_ref().and_then(|status| status.dry_run.as_ref());
-    if tried
-        .is_some_and(|tried| tried.question.as_ref() == Some(&question) && tried.phase.is_final() && is_recent(tried, case.now))
-    {
+    if tried.is_some_and(|tried| {
+        tried.question.as_ref() == Some(&question) && tried.phase.is_final() && is_fresh(tried.completed_at.as_ref(), case.now)
+    }) {
         return Wish::Nothing;
     }
     let Some(measured) = doubt(case, stored) else { return Wish::Nothing };

@@ -15,13 +15,13 @@ use super::question;
 use crate::{
     api::{
         MigrationForecast, MigrationForecastSpec,
-        forecast::Outcome,
+        forecast::{FRESH, Outcome},
         kubevirt::{MigrationState, VirtualMachineInstance, VirtualMachineInstanceMigration},
         migration::Hint,
         names::{annotation, reason},
         scalar,
     },
-    decision::{Action, Decision, FRESH},
+    decision::{Action, Decision},
     model::forecast::{Forecast, Verdict},
 };
 

@@ -81,6 +81,8 @@ pub struct MigrationInfo {
     pub ram: Option<RamInfo>,
     /// With XBZRLE: what went as differences.
     pub xbzrle_cache: Option<XbzrleInfo>,
+    /// Auto-converge takes so much of the guest's time away, percent.
+    pub cpu_throttle_percentage: Option<u8>,
     /// Why it failed.
     pub error_desc: Option<String>,
     /// Why it could not start.
