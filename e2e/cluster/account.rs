@@ -9,7 +9,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use k8s_openapi::api::{
     authentication::v1::TokenRequest,
     core::v1::{Pod, ServiceAccount},
@@ -124,7 +124,6 @@ impl ControlPlane {
             }
             done.insert(right(&verb, &group, &resource));
         }
-        ensure!(!done.is_empty() || !refused.is_empty(), "the audit log knows nothing of {pod}");
         Ok((done, refused))
     }
 
