@@ -8,6 +8,7 @@
 //! Everything ends on drop, also when the test panics. A test that is killed outright leaves no process (see [`crate::process`])
 //! and a directory that the next start sweeps.
 
+pub mod account;
 mod kubectl;
 mod pki;
 pub mod product;
@@ -221,6 +222,7 @@ fn write_secrets(dir: &Path, authority: &Authority) -> Result<()> {
         ("server.key", &server.key),
         ("tokens.key", &signing),
         ("tokens.pub", &verifying),
+        ("audit.json", account::AUDIT_POLICY),
     ] {
         write_private(&dir.join(name), content)?;
     }
@@ -245,7 +247,14 @@ fn write_kubeconfig(
     write_private(&certificate, &person.certificate)?;
     write_private(&key, &person.key)?;
     let path = dir.join(format!("{name}.kubeconfig"));
-    let content = serde_yaml::to_string(&serde_json::json!({
+    let credentials = serde_json::json!({ "client-certificate": certificate, "client-key": key });
+    write_private(&path, &kubeconfig(dir, port, user, &credentials)?)?;
+    Ok(path)
+}
+
+/// A kubeconfig for this API server, as YAML.
+fn kubeconfig(dir: &Path, port: u16, user: &str, credentials: &serde_json::Value) -> Result<String> {
+    Ok(serde_yaml::to_string(&serde_json::json!({
         "apiVersion": "v1",
         "kind": "Config",
         "current-context": "e2e",
@@ -253,11 +262,9 @@ fn write_kubeconfig(
             "server": format!("https://127.0.0.1:{port}"),
             "certificate-authority": dir.join("ca.crt"),
         }}],
-        "users": [{ "name": user, "user": { "client-certificate": certificate, "client-key": key } }],
+        "users": [{ "name": user, "user": credentials }],
         "contexts": [{ "name": "e2e", "context": { "cluster": "e2e", "user": user } }],
-    }))?;
-    write_private(&path, &content)?;
-    Ok(path)
+    }))?)
 }
 
 /// etcd speaks over unix sockets in the private directory: no port to find, nobody else gets in.
@@ -293,6 +300,8 @@ fn start_api_server(tools: &Path, dir: &Path, port: u16) -> Result<Process> {
         ("service-account-key-file", file("tokens.pub")),
         ("service-cluster-ip-range", "10.0.0.0/24".to_owned()),
         ("allow-privileged", "true".to_owned()),
+        ("audit-policy-file", file("audit.json")),
+        ("audit-log-path", file("audit.log")),
         // Without a controller-manager no namespace has a default service account, and no pod would be let in.
         ("disable-admission-plugins", "ServiceAccount".to_owned()),
         // A test that ends a connection late must not wait for the default minute.

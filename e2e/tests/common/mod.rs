@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use kube::{Api, api::DynamicObject};
 use migvisor::api::MigrationForecast;
 use migvisor_e2e::{
-    cluster::Output,
+    cluster::{ControlPlane, Output},
     kubevirt::vmim_manifest,
     world::{World, get},
 };
@@ -66,8 +66,13 @@ pub async fn forecast_that(
 
 /// Waits until an event with this reason about this object is there; returns its words and its type.
 pub async fn event(world: &World, reason: &str, kind: &str, name: &str) -> Result<(String, String)> {
+    event_in(world.plane(), reason, kind, name).await
+}
+
+/// [`event`], where there is no world.
+pub async fn event_in(plane: &ControlPlane, reason: &str, kind: &str, name: &str) -> Result<(String, String)> {
     let resource = kube::api::ApiResource::erase::<k8s_openapi::api::events::v1::Event>(&());
-    let api: Api<DynamicObject> = Api::namespaced_with(world.plane().client()?, NAMESPACE, &resource);
+    let api: Api<DynamicObject> = Api::namespaced_with(plane.client()?, NAMESPACE, &resource);
     let of = |event: &DynamicObject| {
         let data = &event.data;
         let about = &data["regarding"];
@@ -77,7 +82,7 @@ pub async fn event(world: &World, reason: &str, kind: &str, name: &str) -> Resul
         })
     };
     let probe = || async { Ok(api.list(&kube::api::ListParams::default()).await?.iter().find_map(of)) };
-    world.plane().wait(NAMESPACE, &format!("the event {reason} about {name}"), SOON, probe).await
+    plane.wait(NAMESPACE, &format!("the event {reason} about {name}"), SOON, probe).await
 }
 
 /// The value of one line of the metrics at this address; `None`: no such line yet.
