@@ -3,6 +3,8 @@
 //! | module | what it does |
 //! |---|---|
 //! | [`guest`] | builds the paced guest and says what it writes |
+//! | [`mod@libvirt`] | a libvirt daemon with the guest as its domain, laid out as on a KubeVirt node |
+//! | [`cgroup`] | a pod's cgroup, as the kubelet would make it |
 //! | [`vm`] | starts and ends a QEMU with it, as a source or as the target of a migration |
 //! | [`mod@migrate`] | moves a guest for real and reads the truth |
 //! | [`link`] | a line of a given rate between two QEMUs |
@@ -10,13 +12,16 @@
 //!
 //! Whatever is started here ends with the value that stands for it, and with this process, however that ends.
 
+pub mod cgroup;
 pub mod guest;
 pub mod host;
+pub mod libvirt;
 pub mod link;
 pub mod migrate;
 mod qemu;
 pub mod vm;
 
 pub use guest::{GuestSpec, Writes};
+pub use libvirt::{DomainSpec, Launcher};
 pub use migrate::{Outcome, Settings, Truth, migrate};
 pub use vm::{Vm, VmSpec};
