@@ -3,6 +3,8 @@
 //! | module | what it does |
 //! |---|---|
 //! | [`guest`] | builds the paced guest and says what it writes |
+//! | [`mod@libvirt`] | a libvirt daemon with the guest as its domain, laid out as on a KubeVirt node |
+//! | [`cgroup`] | a pod's cgroup, as the kubelet would make it |
 //! | [`vm`] | starts and ends a QEMU with it, as a source or as the target of a migration |
 //! | [`mod@migrate`] | moves a guest for real and reads the truth |
 //! | [`pulse`] | the longest pause in a guest's writing, as the guest itself saw it |
@@ -11,8 +13,10 @@
 //!
 //! Whatever is started here ends with the value that stands for it, and with this process, however that ends.
 
+pub mod cgroup;
 pub mod guest;
 pub mod host;
+pub mod libvirt;
 pub mod link;
 pub mod migrate;
 pub mod pulse;
@@ -20,6 +24,7 @@ mod qemu;
 pub mod vm;
 
 pub use guest::{GuestSpec, Writes};
+pub use libvirt::{DomainSpec, Launcher};
 pub use migrate::{Outcome, Settings, Truth, migrate};
 pub use pulse::Pulse;
 pub use vm::{Vm, VmSpec};

@@ -110,7 +110,7 @@ pub(super) struct TargetArgs {
     #[arg(long, value_name = "URI")]
     libvirt: Option<Socket>,
     /// The name of its domain. Default: the only one that runs there.
-    #[arg(long, value_name = "NAME", requires = "libvirt")]
+    #[arg(long, value_name = "NAME", requires = "libvirt", conflicts_with = "qmp")]
     domain: Option<String>,
     /// QEMU's process. Default: whoever is at the other end of the QMP socket, or bears the domain's UUID.
     #[arg(long, value_parser = clap::value_parser!(i32).range(1..))]

@@ -50,7 +50,7 @@ impl Worker {
                 let _permit = permit;
                 match open(&order) {
                     Err(error) => drop(opened.send(Err(error))),
-                    Ok((domain, identity, _connection)) => {
+                    Ok((_connection, domain, identity)) => {
                         if opened.send(Ok(identity)).is_ok() {
                             answer(&domain, &inbox);
                         }
@@ -79,14 +79,27 @@ fn answer(domain: &Domain, inbox: &mpsc::Receiver<Request>) {
     }
 }
 
-fn open(order: &Order) -> Result<(Domain, Identity, Connect), LibvirtError> {
+/// A connection that closes itself: that of virt 0.4 does not.
+struct Open(Connect);
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        // What was cut cannot take leave.
+        let _ = self.0.close();
+    }
+}
+
+fn open(order: &Order) -> Result<(Open, Domain, Identity), LibvirtError> {
     // libvirt would print every error to standard error besides.
     clear_error_callback();
-    let connection = Connect::open(Some(&order.uri)).map_err(|error| LibvirtError::Open { words: words(&error) })?;
-    let domain = find(&connection, order.domain.as_deref())?;
+    let connection = Connect::open(Some(&order.uri)).map(Open).map_err(|error| match error.code() {
+        ErrorNumber::Rpc | ErrorNumber::SystemError => lost(&error),
+        _ => LibvirtError::Open { words: words(&error) },
+    })?;
+    let domain = find(&connection.0, order.domain.as_deref())?;
     let uuid = domain.get_uuid_string().map_err(|error| lost(&error))?;
     let pid = order.find_process.then(|| Processes::default().qemu_with_uuid(&uuid)).flatten();
-    Ok((domain, Identity { pid }, connection))
+    Ok((connection, domain, Identity { pid }))
 }
 
 fn find(connection: &Connect, name: Option<&str>) -> Result<Domain, LibvirtError> {

@@ -1,0 +1,233 @@
+//! The product on a real libvirt daemon, at the places where KubeVirt's is.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use std::{path::Path, process::Output, time::Duration};
+
+use migvisor::qemu::{
+    dirty_rate::{DirtyRateMode, calc_dirty_rate},
+    libvirt::{LibvirtAddress, LibvirtError, Socket},
+    monitor::{Address, Monitor},
+    qmp::QmpError,
+    ram::guest_ram,
+    vm::ensure_measurable,
+};
+use migvisor_e2e::{
+    cluster::product,
+    lab::{DomainSpec, GuestSpec, Launcher, Vm, VmSpec, libvirt::Mode, vm::kvm},
+};
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tokio::{
+    process::Command,
+    sync::Mutex,
+    time::{Instant, sleep},
+};
+
+/// Guests share two cores, and threads are counted: one test at a time.
+static MACHINE: Mutex<()> = Mutex::const_new(());
+const POD: &str = "0f6c3f0e-0a3b-4b62-9c5e-6f6b3a1b2c3d";
+const SHORT: Duration = Duration::from_secs(2);
+const GUEST: GuestSpec = GuestSpec::uniform(16_384, 20);
+
+async fn launcher(pods: &TempDir, mode: Mode) -> Launcher {
+    Launcher::start(pods.path(), POD, mode, None).await.unwrap()
+}
+
+fn address(socket: &Path, domain: Option<&str>) -> Address {
+    let domain = domain.map(str::to_owned);
+    LibvirtAddress { socket: Socket::Named(vec![socket.to_owned()]), domain, owner: None }.into()
+}
+
+async fn migvisor(args: &[&str]) -> (i32, Value, String) {
+    let Output { status, stdout, stderr } =
+        Command::new(product::binary().unwrap()).args(args).kill_on_drop(true).output().await.unwrap();
+    let out = serde_json::from_slice(&stdout).unwrap_or(Value::Null);
+    (status.code().unwrap(), out, String::from_utf8(stderr).unwrap())
+}
+
+async fn predict(vm: &[&str], bandwidth: &str) -> (i32, Value, String) {
+    let question = ["--bandwidth", bandwidth, "--time-budget", "20s", "--look", "4s", "-o", "json"];
+    migvisor(&[&["predict"], vm, &question].concat()).await
+}
+
+/// Threads in libvirt's hands, and open files.
+fn held() -> (usize, usize) {
+    let count = |path: &str| std::fs::read_dir(path).unwrap().count();
+    let tasks = std::fs::read_dir("/proc/self/task").unwrap().flatten();
+    let threads = tasks.filter(|task| std::fs::read_to_string(task.path().join("comm")).is_ok_and(|name| name == "libvirt\n"));
+    (threads.count(), count("/proc/self/fd"))
+}
+
+/// What was held before is held again: a cut takes a moment.
+async fn nothing_stays(before: (usize, usize)) {
+    for _ in 0..150 {
+        if held() == before {
+            return;
+        }
+        sleep(Duration::from_millis(20)).await;
+    }
+    let links = std::fs::read_dir("/proc/self/fd").unwrap().flatten().map(|file| std::fs::read_link(file.path()));
+    assert_eq!(held(), before, "threads and files before and after; now {:?}", links.collect::<Vec<_>>());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_forecast_through_libvirt_is_the_one_through_qmp() {
+    let _one = MACHINE.lock().await;
+    let vm = Vm::start(VmSpec::new(GUEST)).await.unwrap();
+    let qmp = vm.qmp().display().to_string();
+    let direct = [predict(&["--qmp", &qmp], "100Mi").await, predict(&["--qmp", &qmp], "20Mi").await];
+    drop(vm);
+    for mode in [Mode::System, Mode::Session] {
+        let pods = tempfile::tempdir().unwrap();
+        let mut launcher = launcher(&pods, mode).await;
+        launcher.boot(&DomainSpec::new("default_calm", GUEST)).await.unwrap();
+        let arguments = std::fs::read_to_string(format!("/proc/{}/cmdline", launcher.qemus().unwrap().first().unwrap())).unwrap();
+        assert!(arguments.contains("spawn=deny"), "{arguments}");
+        let socket = launcher.socket().display().to_string();
+        assert!(socket.len() > 107, "a socket's address holds 107 bytes, and {socket} is to be longer");
+        let place = if mode == Mode::System { "system" } else { "session" };
+        let uri = format!("qemu+unix:///{place}?socket={socket}");
+        for (bandwidth, (code, expected, _)) in ["100Mi", "20Mi"].into_iter().zip(&direct) {
+            let (got, forecast, complaint) = predict(&["--libvirt", &uri, "--domain", "default_calm"], bandwidth).await;
+            assert_eq!((got, &forecast["verdict"]), (*code, &expected["verdict"]), "{complaint}{forecast}");
+            for key in ["totalMs", "dirtiedPages", "iterations"] {
+                let bounds = |of: &Value, at: usize| of["bounds"][key][at].as_f64().unwrap();
+                println!("{mode:?} at {bandwidth}: {key} {} through libvirt, {} through QMP", forecast[key], expected[key]);
+                let meet = bounds(&forecast, 0) <= bounds(expected, 1) && bounds(expected, 0) <= bounds(&forecast, 1);
+                assert!(meet, "{key}: {} and {}", forecast["bounds"], expected["bounds"]);
+            }
+        }
+        // Its one domain need not be named, and a path will do; QEMU's own ways pass through as well.
+        for source in ["page-sampling", "dirty-bitmap"] {
+            let (code, forecast, complaint) = predict(&["--libvirt", &socket, "--source", source], "20Mi").await;
+            assert_eq!(code, direct[1].0, "{source}: {complaint}{forecast}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn commands_pass_through_and_errors_are_qemus() {
+    let _one = MACHINE.lock().await;
+    let pods = tempfile::tempdir().unwrap();
+    let mut launcher = launcher(&pods, Mode::System).await;
+    launcher.boot(&DomainSpec::new("default_one", GUEST)).await.unwrap();
+    let before = held();
+    let mut monitor = Monitor::connect(&address(launcher.socket(), None), SHORT).await.unwrap();
+    let qemu = *launcher.qemus().unwrap().first().unwrap();
+    assert_eq!(monitor.peer_pid(), Some(qemu), "QEMU's process, not libvirt's");
+    assert!(monitor.version() >= migvisor::qemu::vm::OLDEST_QEMU, "{}", monitor.version());
+    assert!(ensure_measurable(&mut monitor).await.unwrap().running);
+    let ram = guest_ram(&mut monitor).await.unwrap();
+    assert_eq!(ram.blocks.iter().map(|block| (block.name.as_str(), block.used.0)).collect::<Vec<_>>(), [("pc.ram", 512 << 20)]);
+    let refused = monitor.execute::<Value>("no-such-command", json!({"a": "\0"})).await.unwrap_err();
+    assert!(matches!(&refused, QmpError::Refused { class, .. } if class == "CommandNotFound"), "{refused:?}");
+    // Events do not come this way: none, once the time is over.
+    let began = Instant::now();
+    assert_eq!(monitor.next_event(began + Duration::from_millis(200)).await.unwrap(), None);
+    assert!(began.elapsed() >= Duration::from_millis(200));
+    if kvm() {
+        let rate = calc_dirty_rate(&mut monitor, Duration::from_millis(400), DirtyRateMode::DirtyBitmap).await.unwrap();
+        let expected = GUEST.uniform_curve(rate.window.as_secs_f64() * 1000.0);
+        assert!((rate.pages() as f64 / expected - 1.0).abs() < 0.1, "{rate:?} instead of {expected}");
+    }
+    // Two clients at once are nothing special here.
+    drop(Monitor::connect(&address(launcher.socket(), Some("default_one")), SHORT).await.unwrap());
+
+    let other = Monitor::connect(&address(launcher.socket(), Some("default_two")), SHORT).await.unwrap_err();
+    assert!(matches!(&other, QmpError::Libvirt(LibvirtError::NoDomain { name }) if name == "default_two"), "{other:?}");
+    launcher.boot(&DomainSpec::new("default_two", GuestSpec::idle())).await.unwrap();
+    let several = Monitor::connect(&address(launcher.socket(), None), SHORT).await.unwrap_err().to_string();
+    assert!(several.contains("default_one") && several.contains("default_two") && several.contains("--domain"), "{several}");
+    // A VM that ends under us.
+    launcher.virsh(&["destroy", "default_one"]).await.unwrap();
+    let gone = monitor.execute::<Value>("query-status", Value::Null).await.unwrap_err();
+    assert!(matches!(gone, QmpError::Closed { .. }), "{gone:?}");
+    drop(monitor);
+    launcher.virsh(&["destroy", "default_two"]).await.unwrap();
+    let nothing = Monitor::connect(&address(launcher.socket(), None), SHORT).await.unwrap_err();
+    assert!(matches!(nothing, QmpError::Libvirt(LibvirtError::NothingRuns)), "{nothing:?}");
+    nothing_stays(before).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_daemon_that_hangs_costs_the_time_limit_and_nothing_stays() {
+    let _one = MACHINE.lock().await;
+    let pods = tempfile::tempdir().unwrap();
+    let mut launcher = launcher(&pods, Mode::System).await;
+    launcher.boot(&DomainSpec::new("default_one", GuestSpec::idle())).await.unwrap();
+    let at = address(launcher.socket(), None);
+    let before = held();
+    let mut monitor = Monitor::connect(&at, SHORT).await.unwrap();
+    launcher.signal(Signal::SIGSTOP).unwrap();
+    // In mid-command; everything else in this process goes on meanwhile.
+    let (ticks, error) = tokio::join!(ticks(SHORT), monitor.execute::<Value>("query-status", Value::Null));
+    let error = error.unwrap_err();
+    assert!(matches!(error, QmpError::TimedOut { .. }), "{error:?}");
+    assert!(ticks > 50, "{ticks} ticks of 20 ms in {SHORT:?}: the runtime was blocked");
+    let again = monitor.execute::<Value>("query-status", Value::Null).await.unwrap_err();
+    assert!(matches!(again, QmpError::Closed { .. }), "{again:?}");
+    drop(monitor);
+    nothing_stays(before).await;
+    // While connecting, many times and at once.
+    let limit = Duration::from_millis(500);
+    let attempts = (0..24).map(|_| async {
+        let began = Instant::now();
+        let error = Monitor::connect(&at, limit).await.unwrap_err();
+        assert!(matches!(error, QmpError::Libvirt(LibvirtError::Hangs { .. })), "{error:?}");
+        assert!(began.elapsed() < limit * 4, "{:?}", began.elapsed());
+    });
+    futures::future::join_all(attempts).await;
+    nothing_stays(before).await;
+    // On the command line.
+    let began = Instant::now();
+    let socket = launcher.socket().display().to_string();
+    let (code, _, complaint) = predict(&["--libvirt", &socket], "100Mi").await;
+    assert!(code == 2 && complaint.contains("may hang") && began.elapsed() < Duration::from_secs(12), "{complaint}");
+
+    launcher.signal(Signal::SIGCONT).unwrap();
+    assert!(ensure_measurable(&mut Monitor::connect(&at, SHORT).await.unwrap()).await.unwrap().running);
+    // One that dies says so, and the VM runs on.
+    let mut monitor = Monitor::connect(&at, SHORT).await.unwrap();
+    launcher.signal(Signal::SIGKILL).unwrap();
+    let error = monitor.execute::<Value>("query-status", Value::Null).await.unwrap_err();
+    assert!(matches!(error, QmpError::Libvirt(LibvirtError::Lost { .. })), "{error:?}");
+    drop(monitor);
+    while launcher.daemon().is_ok() {
+        sleep(Duration::from_millis(20)).await;
+    }
+    let error = Monitor::connect(&at, SHORT).await.unwrap_err();
+    assert!(matches!(error, QmpError::Libvirt(LibvirtError::Socket { .. })), "{error:?}");
+    assert_eq!(launcher.qemus().unwrap().len(), 1);
+    nothing_stays(before).await;
+}
+
+async fn ticks(time: Duration) -> usize {
+    let end = Instant::now() + time;
+    let mut count = 0;
+    while Instant::now() < end {
+        sleep(Duration::from_millis(20)).await;
+        count += 1;
+    }
+    count
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn mistakes_are_explained() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("file");
+    std::fs::write(&file, "x").unwrap();
+    let (file, none) = (file.display().to_string(), directory.path().join("none").display().to_string());
+    for (vm, says) in [
+        (&["--libvirt", &none][..], "virtqemud"),
+        (&["--libvirt", &file], "no socket"),
+        (&["--libvirt", "qemu+ssh://host/system"], "on the machine where the VM runs"),
+        (&["--libvirt", "vm1"], "neither a libvirt URI"),
+        (&["--qmp", &none, "--libvirt", &none], "cannot be used with"),
+        (&["--qmp", &none, "--domain", "x"], "cannot be used with"),
+        (&[], "--qmp"),
+    ] {
+        let (code, _, complaint) = predict(vm, "100Mi").await;
+        assert!(code == 2 && complaint.contains(says), "{vm:?}: {complaint}");
+    }
+}
