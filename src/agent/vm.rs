@@ -119,6 +119,9 @@ impl Vm {
             *self = Self::new(object, host, now, wall, refresh);
             return true;
         }
+        if object.metadata.generation == Some(self.question.generation) {
+            return false;
+        }
         // A new generation alone is no new question: what is asked beside it has changed.
         let question = object.question();
         let same = question.fingerprint == self.question.fingerprint;
