@@ -119,6 +119,29 @@ fn socket(directory: &Path, pod_uid: &str) -> PathBuf {
     directory.join(format!("{pod_uid}.sock"))
 }
 
+/// A guest that is lent out: meanwhile nobody moves it.
+pub struct Borrowed<'a> {
+    guests: &'a Guests,
+    key: (String, String),
+    vm: Option<Vm>,
+}
+
+impl Borrowed<'_> {
+    /// The laboratory's own monitor of it.
+    #[expect(clippy::expect_used, reason = "it is there until it is dropped")]
+    pub fn lab(&mut self) -> &mut migvisor::qemu::monitor::Monitor {
+        self.vm.as_mut().expect("lent out").lab()
+    }
+}
+
+impl Drop for Borrowed<'_> {
+    fn drop(&mut self) {
+        if let Some(vm) = self.vm.take() {
+            self.guests.put(&self.key, vm);
+        }
+    }
+}
+
 /// See the module.
 pub struct World {
     // In the order in which they have to end.
@@ -195,6 +218,13 @@ impl World {
     /// Takes a guest out of the world, to do with it as one likes.
     pub fn take(&self, namespace: &str, name: &str) -> Result<Vm> {
         self.guests.take(&(namespace.to_owned(), name.to_owned()))
+    }
+
+    /// Lends a guest out; it is back when the value is dropped.
+    pub fn borrow(&self, namespace: &str, name: &str) -> Result<Borrowed<'_>> {
+        let key = (namespace.to_owned(), name.to_owned());
+        let vm = self.guests.take(&key)?;
+        Ok(Borrowed { guests: &self.guests, key, vm: Some(vm) })
     }
 
     /// What became of a guest's migration: the truth, as QEMU told it.

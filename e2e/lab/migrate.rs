@@ -11,6 +11,9 @@ use tokio::time::{Instant, sleep};
 
 use super::{link::Link, vm::Vm};
 
+/// From the hand-over until the source is ended.
+const CONFIRMING: Duration = Duration::from_millis(150);
+
 /// What a migration runs under.
 #[derive(Debug, Clone, Copy)]
 pub struct Settings {
@@ -96,6 +99,8 @@ pub async fn migrate(source: &mut Vm, target: &mut Vm, settings: Settings) -> Re
     let truth = watch(source, settings.time_budget).await?;
     if truth.status == Outcome::Completed {
         wait_running(target).await?;
+        // As under libvirt, which ends a source only once both sides have confirmed.
+        sleep(CONFIRMING).await;
         source.kill();
     }
     Ok(truth)

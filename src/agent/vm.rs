@@ -148,6 +148,10 @@ impl Vm {
             return true;
         }
         self.take_up_beside(object, now);
+        if object.metadata.generation == Some(self.question.generation) {
+            return false;
+        }
+        // A new generation alone is no new question: what is asked beside it has changed.
         let question = object.question();
         let other = question.fingerprint != self.question.fingerprint;
         self.question = question;

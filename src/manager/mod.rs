@@ -216,6 +216,9 @@ impl Manager {
         let mut queued = false;
         match self.knowledge.desired(&vmi, policy.as_deref()) {
             Desired::Ask(mut spec) => {
+                if let Some(left) = observe::hand_over(&vmi, &spec.node_name, stored.as_deref(), Timestamp::now()) {
+                    return Ok(Some(left));
+                }
                 let hint = Hint::of(&migrations);
                 let in_flight = hint.is_some() || vmi.is_migrating();
                 match self.knowledge.dry_run(&vmi, policy.as_deref(), &spec, in_flight, Timestamp::now()) {

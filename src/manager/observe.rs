@@ -30,6 +30,9 @@ pub const READY: &str = "Ready";
 /// The condition that says that the VM has not been looked at for too long.
 pub const DATA_STALE: &str = "DataStale";
 
+/// How long the agent of the node that a VM has left has to tell of the migration. KubeVirt writes the end in whole seconds.
+pub const HAND_OVER: Duration = Duration::from_secs(5);
+
 /// The manager's part of a forecast's status.
 #[derive(Debug, Clone, PartialEq)]
 pub struct OwnStatus {
@@ -206,6 +209,26 @@ pub fn outcome_notice(outcome: &Outcome) -> Notice {
         warning: matches!((outcome.phase.as_str(), verdict), ("Failed", Verdict::Converges) | ("Succeeded", Verdict::Fails)),
         note: format!("Migration {}: {told}, {took}{error}.", outcome.phase.to_lowercase()),
     }
+}
+
+/// How much longer the question stays with the node that the VM has just left, so that the agent there can write how the migration went
+/// (`status.lastMigration`): once the question is another node's it may not any more. Until that is written, but at most
+/// [`HAND_OVER`]; nothing is lost meanwhile, the answer counts for nobody and the new node's look takes longer.
+pub fn hand_over(
+    vmi: &VirtualMachineInstance,
+    node: &str,
+    stored: Option<&MigrationForecast>,
+    now: Timestamp,
+) -> Option<Duration> {
+    let (stored, state) = (stored?, vmi.status.migration_state.as_ref()?);
+    let ended = state.end_timestamp.as_ref().filter(|_| stored.spec.node_name != node && !state.migration_uid.is_empty())?;
+    let told = stored.status.as_ref().and_then(|status| status.last_migration.as_ref());
+    if told.is_some_and(|told| told.migration_uid.as_ref() == Some(&state.migration_uid)) {
+        return None;
+    }
+    // Of the future: clocks disagree, and nothing is waited for.
+    let since = Duration::try_from(now.duration_since(ended.0)).ok()?;
+    HAND_OVER.checked_sub(since).filter(|left| !left.is_zero())
 }
 
 /// When the VM has to be looked at again although nothing changes: when its answer turns stale.

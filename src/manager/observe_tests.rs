@@ -190,3 +190,29 @@ fn the_next_look_is_when_the_answer_turns_stale() {
     let late = "2026-11-22T13:00:00Z".parse().unwrap();
     assert_eq!(look_again(&forecast(&answer()), late), None);
 }
+
+#[test]
+fn the_node_that_a_vm_has_left_may_still_tell_how_it_went() {
+    let vmi = |end: &str| -> VirtualMachineInstance {
+        let state = json!({ "migrationUid": "u1", "startTimestamp": "2026-11-22T11:59:00Z", "endTimestamp": end });
+        serde_json::from_value(json!({ "status": { "nodeName": "node-2", "migrationState": state } })).unwrap()
+    };
+    let stored = |last: Value| {
+        let mut status = answer();
+        status["lastMigration"] = last;
+        forecast(&status)
+    };
+    let truth = |uid: &str| json!({ "migrationUID": uid, "converged": true, "totalTime": "3s", "pages": 1, "zeroPages": 1, "transferredBytes": 1, "syncs": 1 });
+    let seconds = |vmi: &VirtualMachineInstance, node: &str, stored: &MigrationForecast| {
+        hand_over(vmi, node, Some(stored), now()).map(|left| left.as_secs())
+    };
+    let (just, untold) = (vmi("2026-11-22T11:59:58Z"), stored(Value::Null));
+    assert_eq!(seconds(&just, "node-2", &untold), Some(3));
+    assert_eq!(seconds(&just, "node-2", &stored(truth("u0"))), Some(3), "that was told of another one");
+    assert_eq!(seconds(&just, "node-2", &stored(truth("u1"))), None, "it is told");
+    assert_eq!(seconds(&just, "node-1", &untold), None, "it is where it was");
+    assert_eq!(seconds(&vmi("2026-11-22T11:59:55Z"), "node-2", &untold), None, "it had its time");
+    assert_eq!(seconds(&vmi("2026-11-22T12:00:07Z"), "node-2", &untold), None, "clocks disagree");
+    assert_eq!(hand_over(&just, "node-2", None, now()), None);
+    assert_eq!(hand_over(&VirtualMachineInstance::default(), "node-2", Some(&untold), now()), None);
+}
