@@ -161,7 +161,7 @@ impl World {
         std::fs::create_dir(&sockets).context("cannot make the directory of QMP sockets")?;
         // A launcher that is not root has to get through to its own directory.
         let directory = plane.directory();
-        std::fs::set_permissions(directory, PermissionsExt::from_mode(0o755)).context("cannot open the world's directory")?;
+        std::fs::set_permissions(directory, PermissionsExt::from_mode(0o711)).context("cannot open the world's directory")?;
         std::fs::create_dir(directory.join("pods")).context("cannot make the directory of pods")?;
         let kubevirt = KubeVirt::start(client, LabMover { guests: Arc::clone(&guests), sockets });
         let local = |port: u16| format!("127.0.0.1:{port}");

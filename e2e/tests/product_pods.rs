@@ -5,7 +5,7 @@ mod common;
 
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail};
 use common::NAMESPACE;
 use migvisor::model::forecast::{HostConstants, Verdict};
 use migvisor_e2e::{
@@ -47,21 +47,25 @@ async fn vms_in_pods_are_answered_for() -> Result<()> {
     world
         .start_agent_on_pods(&HostConstants::default(), &["--look", "3s", "--refresh", "5s", "--source", "page-sampling"])
         .await?;
-    let log = |world: &mut World| world.process("agent").map(|agent| agent.log());
-    for _ in 0..600 {
-        let log = log(&mut world)?;
-        let looked = |vm: &str| log.lines().any(|line| line.contains("looked") && line.contains(vm));
-        if looked("calm") && log.contains("could not look") {
-            break;
+    logged(&mut world, "looked", "calm").await?;
+    logged(&mut world, "could not look", "may hang").await?;
+    answered(&world, "calm", Verdict::Converges).await?;
+    wild.signal(Signal::SIGCONT)?;
+    logged(&mut world, "looked", "wild").await?;
+    answered(&world, "wild", Verdict::Fails).await?;
+    world.process("agent")?.still_runs()
+}
+
+/// Waits for a line of the agent's log with both words.
+async fn logged(world: &mut World, one: &str, other: &str) -> Result<()> {
+    for _ in 0..900 {
+        let log = world.process("agent")?.log();
+        if log.lines().any(|line| line.contains(one) && line.contains(other)) {
+            return Ok(());
         }
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    let said = log(&mut world)?;
-    ensure!(said.contains("may hang") && said.contains("looked"), "the agent's log:\n{said}");
-    answered(&world, "calm", Verdict::Converges).await?;
-    wild.signal(Signal::SIGCONT)?;
-    answered(&world, "wild", Verdict::Fails).await?;
-    world.process("agent")?.still_runs()
+    bail!("no line `{one} … {other}` in the agent's log:\n{}", world.process("agent")?.log())
 }
 
 async fn answered(world: &World, name: &str, verdict: Verdict) -> Result<()> {
