@@ -30,6 +30,7 @@ test: kvm setup check build ## Run all checks and all tests (without /dev/kvm: A
 check: ## Formatting, lints, documentation
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
+	cargo clippy --lib --bins --no-default-features --locked -- -D warnings
 	RUSTDOCFLAGS=-Dwarnings cargo doc --no-deps --workspace --locked
 
 .PHONY: bench

@@ -5,6 +5,7 @@
 
 use std::{
     collections::HashMap,
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -20,7 +21,7 @@ use serde_json::json;
 use crate::{
     cluster::{ControlPlane, Process, WebhookCertificate, free_port},
     kubevirt::{self, Job, KubeVirt, Mover, Order, objects, running_vmi},
-    lab::{self, Settings, Truth, Vm, VmSpec},
+    lab::{self, DomainSpec, GuestSpec, Launcher, Settings, Truth, Vm, VmSpec, cgroup::Driver, libvirt::Mode},
 };
 
 /// The node that every guest starts on.
@@ -181,6 +182,10 @@ impl World {
         let guests = Arc::new(Guests::default());
         let sockets = plane.directory().join("qmp");
         std::fs::create_dir(&sockets).context("cannot make the directory of QMP sockets")?;
+        // A launcher that is not root has to get through to its own directory.
+        let directory = plane.directory();
+        std::fs::set_permissions(directory, PermissionsExt::from_mode(0o711)).context("cannot open the world's directory")?;
+        std::fs::create_dir(directory.join("pods")).context("cannot make the directory of pods")?;
         let kubevirt = KubeVirt::start(client, LabMover { guests: Arc::clone(&guests), sockets });
         let local = |port: u16| format!("127.0.0.1:{port}");
         Ok(Self {
@@ -215,6 +220,29 @@ impl World {
         Ok(qmp)
     }
 
+    /// The directory of pods, as a kubelet would lay it out.
+    pub fn pods(&self) -> PathBuf {
+        self.plane.directory().join("pods")
+    }
+
+    /// Boots a guest in a pod with a libvirt of its own, and announces it as a running VMI on [`NODE`]. It lives as long as what
+    /// is returned, and cannot be migrated in this world.
+    pub async fn boot_in_pod(
+        &self,
+        namespace: &str,
+        name: &str,
+        guest: GuestSpec,
+        mode: Mode,
+        driver: Option<Driver>,
+    ) -> Result<Launcher> {
+        let spec = DomainSpec::new(&format!("{namespace}_{name}"), guest);
+        let memory = format!("{}Mi", spec.memory_mib);
+        let side = running_vmi(&self.plane.client()?, namespace, name, NODE, &memory).await?;
+        let mut launcher = Launcher::start(&self.pods(), &side.pod_uid, mode, driver).await?;
+        launcher.boot(&spec).await?;
+        Ok(launcher)
+    }
+
     /// Takes a guest out of the world, to do with it as one likes.
     pub fn take(&self, namespace: &str, name: &str) -> Result<Vm> {
         self.guests.take(&(namespace.to_owned(), name.to_owned()))
@@ -235,11 +263,20 @@ impl World {
 
     /// Starts `migvisor agent` for [`NODE`], with this host's constants, and waits until it is ready.
     pub async fn start_agent(&mut self, host: &HostConstants, more: &[&str]) -> Result<()> {
+        self.start_agent_among(["--qmp-dir", &self.sockets().to_string_lossy()], host, more).await
+    }
+
+    /// As [`World::start_agent`], for the guests that are in pods.
+    pub async fn start_agent_on_pods(&mut self, host: &HostConstants, more: &[&str]) -> Result<()> {
+        self.start_agent_among(["--pods-dir", &self.pods().to_string_lossy()], host, more).await
+    }
+
+    async fn start_agent_among(&mut self, vms: [&str; 2], host: &HostConstants, more: &[&str]) -> Result<()> {
         let constants = self.plane.directory().join("host.json");
         std::fs::write(&constants, serde_json::to_vec(host)?).context("cannot write the host's constants")?;
-        let (sockets, health) = (self.sockets(), self.agent_health.clone());
-        let (sockets, constants) = (sockets.to_string_lossy(), constants.to_string_lossy());
-        let mut args = vec!["agent", "--node", NODE, "--qmp-dir", &sockets, "--listen", &health, "--host", &constants];
+        let (health, constants) = (self.agent_health.clone(), constants.to_string_lossy());
+        let mut args = vec!["agent", "--node", NODE, "--listen", &health, "--host", &constants];
+        args.extend(vms);
         args.extend(more);
         let process = self.plane.product("agent", &args, &[])?;
         self.processes.insert("agent", process);

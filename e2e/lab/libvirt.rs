@@ -98,11 +98,12 @@ impl Launcher {
         fs::copy(guest::program()?, dir.path().join("guest.elf"))?;
         fs::write(dir.path().join("etc/qemu.conf"), QEMU_CONF)?;
         fs::write(dir.path().join("lib/libvirt/qemu.conf"), SESSION_QEMU_CONF)?;
-        fs::write(dir.path().join("etc/libvirtd.conf"), LIBVIRTD_CONF)?;
+        // A machine of its own for libvirt, which migrates nothing to where it is already.
+        fs::write(dir.path().join("etc/libvirtd.conf"), format!("{LIBVIRTD_CONF}host_uuid = \"{pod_uid}\"\n"))?;
         let cgroup = driver.map(|driver| Cgroup::of_pod(pod_uid, driver)).transpose()?;
-        let script = script(dir.path(), &runtime, mode, cgroup.as_ref());
+        let script = format!("hostname {pod_uid}\n{}", script(dir.path(), &runtime, mode, cgroup.as_ref()));
         let mut command = dying_with_us("unshare");
-        command.args(["--mount", "--propagation", "private", "--pid", "--fork", "--kill-child=KILL", "--mount-proc"]);
+        command.args(["--uts", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child=KILL", "--mount-proc"]);
         command.args(["bash", "-euc", &script]);
         let process = Process::start("libvirtd", command, dir.path().join("libvirtd.log"))?;
         let mut launcher = Self { process, mode, socket: runtime.join("virtqemud-sock"), _cgroup: cgroup, dir };
@@ -140,10 +141,15 @@ impl Launcher {
         Ok(())
     }
 
+    /// The daemon's URI, short enough for virsh.
+    pub fn uri(&self) -> String {
+        let place = if self.mode == Mode::System { "system" } else { "session" };
+        format!("qemu+unix:///{place}?socket={}", self.dir.path().join("s").display())
+    }
+
     /// Runs virsh against this daemon; its output.
     pub async fn virsh(&self, arguments: &[&str]) -> Result<String> {
-        let place = if self.mode == Mode::System { "system" } else { "session" };
-        let uri = format!("qemu+unix:///{place}?socket={}", self.dir.path().join("s").display());
+        let uri = self.uri();
         let mut command = tokio::process::Command::from(Command::new("virsh"));
         command.args(["-q", "-c", &uri]).args(arguments).kill_on_drop(true);
         let output = tokio::time::timeout(PATIENCE, command.output()).await.context("virsh does not end")??;
@@ -155,6 +161,11 @@ impl Launcher {
             self.process.log_tail(10)
         );
         Ok(said(&output.stdout))
+    }
+
+    /// The launcher's own folder.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
     }
 
     /// The daemon's socket, at the kubelet's path.

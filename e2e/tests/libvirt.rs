@@ -6,10 +6,11 @@ use std::{path::Path, process::Output, time::Duration};
 use migvisor::qemu::{
     dirty_rate::{DirtyRateMode, calc_dirty_rate},
     libvirt::{LibvirtAddress, LibvirtError, Socket},
+    migration::{self, MigrationStatus},
     monitor::{Address, Monitor},
     qmp::QmpError,
     ram::guest_ram,
-    vm::ensure_measurable,
+    vm::{VmError, ensure_measurable},
 };
 use migvisor_e2e::{
     cluster::product,
@@ -200,6 +201,45 @@ async fn a_daemon_that_hangs_costs_the_time_limit_and_nothing_stays() {
     assert!(matches!(error, QmpError::Libvirt(LibvirtError::Socket { .. })), "{error:?}");
     assert_eq!(launcher.qemus().unwrap().len(), 1);
     nothing_stays(before).await;
+}
+
+/// A real migration from one libvirt to another: it can be read along at its source, and neither end is measured meanwhile.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_domain_that_migrates_is_read_along_and_not_measured() {
+    let _one = MACHINE.lock().await;
+    let pods = tempfile::tempdir().unwrap();
+    let mut source = launcher(&pods, Mode::System).await;
+    let target = Launcher::start(pods.path(), "11111111-2222-3333-4444-555555555555", Mode::System, None).await.unwrap();
+    source.boot(&DomainSpec::new("default_one", GuestSpec::uniform(32_768, 60))).await.unwrap();
+    let (there, socket) = (target.uri(), source.dir().join("migration"));
+    let wire = format!("unix://{}", socket.display());
+    let migrate = ["migrate", "--live", "--bandwidth", "40", "default_one", &there, "--migrateuri", &wire];
+    let watched = async {
+        let mut monitor = Monitor::connect(&address(source.socket(), None), SHORT).await.unwrap();
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let info = loop {
+            let info = migration::query(&mut monitor).await.unwrap();
+            if info.status == Some(MigrationStatus::Active) && info.ram.is_some_and(|ram| ram.dirty_sync_count > 1) {
+                break info;
+            }
+            assert!(Instant::now() < deadline, "{info:?}");
+            sleep(Duration::from_millis(100)).await;
+        };
+        let measured = ensure_measurable(&mut monitor).await.unwrap_err();
+        assert!(matches!(measured, VmError::Migrating { .. }), "{measured:?}");
+        println!("read along: {info:?}");
+        for launcher in [&source, &target] {
+            let socket = launcher.socket().display().to_string();
+            let (code, forecast, complaint) = predict(&["--libvirt", &socket], "100Mi").await;
+            assert!(code == 3 && forecast["verdict"] == "Unknown", "{complaint}{forecast}");
+            assert!(forecast["message"].as_str().unwrap().contains("being migrated"), "{forecast}");
+        }
+        source.virsh(&["domjobabort", "default_one"]).await.unwrap();
+    };
+    let (migrated, ()) = tokio::join!(source.virsh(&migrate), watched);
+    assert!(migrated.unwrap_err().to_string().contains("abort"));
+    let mut monitor = Monitor::connect(&address(source.socket(), None), SHORT).await.unwrap();
+    assert!(ensure_measurable(&mut monitor).await.unwrap().running, "it runs on where it was");
 }
 
 async fn ticks(time: Duration) -> usize {

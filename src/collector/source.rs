@@ -180,3 +180,7 @@ impl Drop for StopOnDrop {
         self.0.store(true, Ordering::Relaxed);
     }
 }
+
+#[cfg(test)]
+#[path = "source_tests.rs"]
+mod tests;

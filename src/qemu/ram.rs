@@ -46,6 +46,7 @@ pub struct GuestRam {
 const MOST_BLOCKS: usize = 4096;
 /// More memory than any VM has: 128 TiB.
 const MOST_RAM: u64 = 1 << 47;
+const SUMMARY: &str = "query-memory-size-summary";
 
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -78,11 +79,14 @@ struct DeviceData {
 /// How much memory the guest has now.
 pub async fn guest_ram_bytes(monitor: &mut Monitor) -> Result<Bytes, QmpError> {
     let summary = summary(monitor).await?;
-    Ok(Bytes(summary.base_memory.saturating_add(summary.plugged_memory).min(MOST_RAM)))
+    match summary.base_memory.saturating_add(summary.plugged_memory) {
+        bytes if bytes > MOST_RAM => Err(QmpError::malformed(SUMMARY, &"it claims more than 128 TiB")),
+        bytes => Ok(Bytes(bytes)),
+    }
 }
 
 async fn summary(monitor: &mut Monitor) -> Result<Summary, QmpError> {
-    monitor.execute("query-memory-size-summary", Value::Null).await
+    monitor.execute(SUMMARY, Value::Null).await
 }
 
 /// All of QEMU's RAM blocks: the guest's RAM, ROMs, video memory.

@@ -138,6 +138,15 @@ pub enum LibvirtError {
     NotBuilt,
 }
 
+/// Which domain, and where.
+#[cfg_attr(not(feature = "libvirt"), expect(dead_code, reason = "nobody is there to read it"))]
+struct Order {
+    uri: String,
+    domain: Option<String>,
+    /// Look for the process by the domain's UUID.
+    find_process: bool,
+}
+
 /// Why a command brought no reply.
 #[derive(Debug)]
 #[cfg_attr(not(feature = "libvirt"), expect(dead_code, reason = "nobody is there to fail"))]
@@ -196,7 +205,7 @@ impl Libvirt {
         let thread = |source| LibvirtError::Thread { source };
         let relay = relay::Relay::start(connected.stream).map_err(thread)?;
         let place = if connected.system { "system" } else { "session" };
-        let order = worker::Order {
+        let order = Order {
             uri: format!("qemu+unix:///{place}?socket={}", relay.socket()),
             domain: address.domain.clone(),
             find_process: matches!(address.socket, Socket::Named(_)),
@@ -216,6 +225,11 @@ impl Libvirt {
     /// asked. No arguments: `Value::Null` or `{}`.
     pub async fn execute<T: DeserializeOwned>(&mut self, command: &str, arguments: Value) -> Result<T, QmpError> {
         self.ask(command, arguments, Instant::now() + self.timeout).await
+    }
+
+    /// No descriptor goes this way (`virDomainQemuMonitorCommandWithFiles` is in the unsafe binding only): an error that says so.
+    pub fn execute_with_fd<T>(&mut self, command: &str) -> Result<T, QmpError> {
+        Err(LibvirtError::NoDescriptors { command: command.to_owned() }.into())
     }
 
     /// QEMU's version.
@@ -267,20 +281,14 @@ impl Libvirt {
 mod worker {
     use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
-    use super::{Failure, Identity, LibvirtError};
-
-    pub(super) struct Order {
-        pub(super) uri: String,
-        pub(super) domain: Option<String>,
-        pub(super) find_process: bool,
-    }
+    use super::{Failure, Identity, LibvirtError, Order};
 
     #[derive(Debug)]
     pub(super) enum Worker {}
 
     impl Worker {
         pub(super) fn start(
-            Order { .. }: Order,
+            _: Order,
             _: OwnedSemaphorePermit,
             _: oneshot::Sender<Result<Identity, LibvirtError>>,
         ) -> Result<Self, LibvirtError> {

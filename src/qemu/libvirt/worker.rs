@@ -15,11 +15,14 @@ use virt::{
     sys,
 };
 
-use super::{Failure, Identity, LibvirtError};
+use super::{Failure, Identity, LibvirtError, Order};
 use crate::qemu::{process::Processes, qmp::plain};
 
 /// So many names of domains are told in a message.
 const TOLD: usize = 5;
+
+/// A domain that is paused for one of these reasons is neither here nor there.
+const HANDED_OVER: [i64; 2] = [sys::VIR_DOMAIN_PAUSED_MIGRATION as i64, sys::VIR_DOMAIN_PAUSED_STARTING_UP as i64];
 
 /// One command and where its reply goes.
 type Request = (String, oneshot::Sender<Result<String, Failure>>);
@@ -27,14 +30,6 @@ type Request = (String, oneshot::Sender<Result<String, Failure>>);
 /// What is asked of the thread.
 #[derive(Debug)]
 pub(super) struct Worker(mpsc::Sender<Request>);
-
-/// Which domain, and where.
-pub(super) struct Order {
-    pub(super) uri: String,
-    pub(super) domain: Option<String>,
-    /// Look for the process by the domain's UUID.
-    pub(super) find_process: bool,
-}
 
 impl Worker {
     /// Starts a thread that opens the domain and tells who it is, then answers. `permit` is its licence to exist.
@@ -97,6 +92,10 @@ fn open(order: &Order) -> Result<(Open, Domain, Identity), LibvirtError> {
         _ => LibvirtError::Open { words: words(&error) },
     })?;
     let domain = find(&connection.0, order.domain.as_deref())?;
+    // The target of a migration, or a source in its last moments: libvirt would let us wait for half a minute and say no.
+    if matches!(domain.get_state(), Ok((sys::VIR_DOMAIN_PAUSED, reason)) if HANDED_OVER.contains(&i64::from(reason))) {
+        return Err(LibvirtError::Locked);
+    }
     let uuid = domain.get_uuid_string().map_err(|error| lost(&error))?;
     let pid = order.find_process.then(|| Processes::default().qemu_with_uuid(&uuid)).flatten();
     Ok((connection, domain, Identity { pid }))
