@@ -1,15 +1,16 @@
 //! Faults that a real libvirt does not show. All else is tested on a real one (e2e).
 #![allow(clippy::unwrap_used)]
 
-use std::{
-    os::unix::{fs::symlink, net::UnixListener},
-    path::Path,
-};
+#[cfg(feature = "libvirt")]
+use std::os::unix::{fs::symlink, net::UnixListener};
+use std::path::Path;
 
 use super::*;
+#[cfg(feature = "libvirt")]
 use crate::qemu::process::Processes;
 
 const SHORT: Duration = Duration::from_millis(400);
+#[cfg(feature = "libvirt")]
 const POD: &str = "0f6c3f0e-0a3b-4b62-9c5e-6f6b3a1b2c3d";
 
 fn address(socket: Socket, owner: Option<Owner>) -> LibvirtAddress {
@@ -23,6 +24,7 @@ async fn refusal(socket: Socket, owner: Option<Owner>) -> LibvirtError {
     }
 }
 
+#[cfg(feature = "libvirt")]
 #[tokio::test]
 async fn nothing_leads_out_of_a_pods_directory() {
     let pods = tempfile::tempdir().unwrap();
@@ -46,6 +48,7 @@ async fn nothing_leads_out_of_a_pods_directory() {
     }
 }
 
+#[cfg(feature = "libvirt")]
 #[tokio::test]
 async fn whoever_listens_has_to_be_of_the_pod() {
     let pods = tempfile::tempdir().unwrap();
