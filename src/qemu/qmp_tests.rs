@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use proptest::prelude::*;
-use tokio::{net::UnixListener, task::JoinHandle};
+use tokio::{io::AsyncWriteExt, net::UnixListener, task::JoinHandle};
 
 use super::*;
 
