@@ -6,14 +6,14 @@
 //!
 //! | module | what it does |
 //! |---|---|
-//! | [`guards`] | refuses what must not be dry-run |
-//! | [`host`] | what the host says of the process: realtime, CPUs of its own, room under its memory limits |
-//! | [`settings`], [`journal`] | QEMU's settings: taken down, borrowed, put back, compared; also after our own death |
-//! | [`sink`], [`pace`] | the end of the line |
-//! | [`mod@run`], [`watching`] | starts, watches, cancels, cleans up |
-//! | [`course`] | which limit was met when |
-//! | [`report`] | what came of it |
-//! | [`error`] | why nothing did |
+//! | `guards` | refuses what must not be dry-run |
+//! | `host` | what the host says of the process: realtime, CPUs of its own, room under its memory limits |
+//! | `settings`, `journal` | QEMU's settings: taken down, borrowed, put back, compared; also after our own death |
+//! | `sink`, [`pace`] | the end of the line |
+//! | `run`, `watching` | starts, watches, cancels, cleans up |
+//! | `course` | which limit was met when |
+//! | `report` | what came of it |
+//! | `error` | why nothing did |
 //!
 //! **Why the guest cannot be stopped.** With the capabilities `return-path` and `switchover-ack` (QEMU 8.1) a source switches over only after
 //! its target has said so, and ours never says anything. Should the guest be paused by somebody meanwhile, QEMU no longer waits for that
