@@ -26,6 +26,10 @@ demo: setup build ## Show the main job: a real API server, real guests, forecast
 test: kvm setup check build ## Run all checks and all tests (without /dev/kvm: ALLOW_NO_KVM=1 make test)
 	cargo test --workspace --locked --no-fail-fast
 
+.PHONY: soak
+soak: kvm setup build ## Prove in full that a dry run never stops its guest: 200 runs, 10 kills (12 minutes)
+	@exec $(TARGET)/debug/soak
+
 .PHONY: check
 check: ## Formatting, lints, documentation
 	cargo fmt --all --check

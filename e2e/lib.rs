@@ -4,4 +4,5 @@ pub mod cluster;
 pub mod kubevirt;
 pub mod lab;
 pub mod process;
+pub mod soak;
 pub mod world;

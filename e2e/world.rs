@@ -120,29 +120,6 @@ fn socket(directory: &Path, pod_uid: &str) -> PathBuf {
     directory.join(format!("{pod_uid}.sock"))
 }
 
-/// A guest that is lent out: meanwhile nobody moves it.
-pub struct Borrowed<'a> {
-    guests: &'a Guests,
-    key: (String, String),
-    vm: Option<Vm>,
-}
-
-impl Borrowed<'_> {
-    /// The laboratory's own monitor of it.
-    #[expect(clippy::expect_used, reason = "it is there until it is dropped")]
-    pub fn lab(&mut self) -> &mut migvisor::qemu::monitor::Monitor {
-        self.vm.as_mut().expect("lent out").lab()
-    }
-}
-
-impl Drop for Borrowed<'_> {
-    fn drop(&mut self) {
-        if let Some(vm) = self.vm.take() {
-            self.guests.put(&self.key, vm);
-        }
-    }
-}
-
 /// See the module.
 pub struct World {
     // In the order in which they have to end.
@@ -248,11 +225,14 @@ impl World {
         self.guests.take(&(namespace.to_owned(), name.to_owned()))
     }
 
-    /// Lends a guest out; it is back when the value is dropped.
-    pub fn borrow(&self, namespace: &str, name: &str) -> Result<Borrowed<'_>> {
+    /// What a guest's QEMU has set for migrations, by the laboratory's own monitor: parameters and capabilities.
+    pub async fn migration_settings(&self, namespace: &str, name: &str) -> Result<(serde_json::Value, serde_json::Value)> {
         let key = (namespace.to_owned(), name.to_owned());
-        let vm = self.guests.take(&key)?;
-        Ok(Borrowed { guests: &self.guests, key, vm: Some(vm) })
+        let mut vm = self.guests.take(&key)?;
+        let parameters = vm.lab().execute("query-migrate-parameters", serde_json::Value::Null).await;
+        let capabilities = vm.lab().execute("query-migrate-capabilities", serde_json::Value::Null).await;
+        self.guests.put(&key, vm);
+        Ok((parameters?, capabilities?))
     }
 
     /// What became of a guest's migration: the truth, as QEMU told it.

@@ -17,7 +17,7 @@ fn page(name: &str) -> PathBuf {
 fn help() -> String {
     let mut text = String::from(
         "# Command line\n\nWhat `migvisor help` prints. Written by `MIGVISOR_GENERATE=1 cargo test --test docs`: change src/cli, not this \
-         page.\n\nExit codes of `predict` and `replay`: 0 converges, 1 borderline or fails, 2 error, 3 the VM cannot be judged now. The \
+         page.\n\nExit codes of `predict`, `replay` and `dry-run`: 0 converges, 1 borderline or fails, 2 error, 3 the VM cannot be judged now. The \
          other commands: 0, or 2 after an error.\n",
     );
     // The environment of whoever generates the page is nobody's business.

@@ -209,7 +209,7 @@ const RULES: &[(&[&str], &[&str], &str)] = &[
         "the model is pure: time and randomness are arguments",
     ),
     (
-        &["collector", "qemu"],
+        &["collector", "dryrun", "qemu"],
         &[
             "kube",
             "k8s_openapi",
@@ -225,7 +225,7 @@ const RULES: &[(&[&str], &[&str], &str)] = &[
     ),
     (
         &["api", "decision", "manager", "webhook"],
-        &["crate::qemu", "crate::collector", "crate::agent", "nix"],
+        &["crate::qemu", "crate::collector", "crate::dryrun", "crate::agent", "nix"],
         "they know Kubernetes, not hypervisors",
     ),
     (

@@ -4,13 +4,10 @@
 //! drift. The return path is not paced. A unix socket holds at most what its sender's buffer holds, 208 KiB by default: 2 ms
 //! at 100 MiB/s.
 
-use std::{
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use migvisor::model::units::BytesPerSecond;
+use migvisor::{dryrun::pace::Pace, model::units::BytesPerSecond};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     net::{UnixListener, UnixStream},
@@ -19,8 +16,6 @@ use tokio::{
 };
 
 const PIECE: usize = 64 << 10;
-/// A timer that wakes late is made up for, by this much; a pause of the sender is not.
-const SLACK: Duration = Duration::from_millis(10);
 
 /// The line. It goes down when dropped.
 #[derive(Debug)]
@@ -76,13 +71,11 @@ async fn carry(source: UnixStream, target: UnixStream, rate: BytesPerSecond) {
 
 async fn pace(mut from: impl AsyncRead + Unpin, mut to: impl AsyncWrite + Unpin, rate: BytesPerSecond) -> std::io::Result<()> {
     let mut piece = vec![0; PIECE];
-    let mut free = Instant::now();
+    let mut line = Pace::new(rate, Instant::now().into_std());
     loop {
         let length = from.read(&mut piece).await?;
         let Some(data) = piece.get(..length).filter(|data| !data.is_empty()) else { return to.shutdown().await };
-        free = free.max(Instant::now().checked_sub(SLACK).unwrap_or(free));
-        free += Duration::from_secs_f64(length as f64 / rate.0 as f64);
-        sleep_until(free).await;
+        sleep_until(line.carry(length, Instant::now().into_std()).into()).await;
         to.write_all(data).await?;
     }
 }

@@ -37,7 +37,7 @@ async fn asked_for_answered_withdrawn_and_read_along() -> Result<()> {
     }
 
     println!("--- asked for: run, told, and the answer is the dry run's");
-    let before = set(&world, "wild").await?;
+    let before = world.migration_settings(NAMESPACE, "wild").await?;
     ask(&world, "wild", &json!({ "id": "by-hand" })).await?;
     let running = |status: &MigrationForecastStatus| {
         status.dry_run.as_ref().is_some_and(|run| run.phase == DryRunPhase::Running && run.iteration.is_some_and(|i| i > 0))
@@ -51,7 +51,7 @@ async fn asked_for_answered_withdrawn_and_read_along() -> Result<()> {
     let run = ended(&answered, "by-hand").context("it ended")?;
     ensure!(run.phase == DryRunPhase::Done, "{run:?}");
     ensure!(answered.verdict == Some(Verdict::Fails) && answered.least_convergent_bandwidth.is_some(), "{answered:?}");
-    ensure!(set(&world, "wild").await? == before, "QEMU's settings are as they were");
+    ensure!(world.migration_settings(NAMESPACE, "wild").await? == before, "QEMU's settings are as they were");
 
     println!("--- asked twice: run once");
     ask(&world, "wild", &json!({ "id": "by-hand", "deadline": "5m" })).await?;
@@ -68,14 +68,14 @@ async fn asked_for_answered_withdrawn_and_read_along() -> Result<()> {
     ask(&world, "wild", &Value::Null).await?;
     let withdrawn = status_that(&world, "wild", "has ended", SOON, |status| ended(status, "second").is_some()).await?;
     ensure!(ended(&withdrawn, "second").is_some_and(|run| run.phase == DryRunPhase::Cancelled), "{:?}", withdrawn.dry_run);
-    ensure!(set(&world, "wild").await? == before, "QEMU's settings are as they were");
+    ensure!(world.migration_settings(NAMESPACE, "wild").await? == before, "QEMU's settings are as they were");
 
     println!("--- compressed, by eight channels: the guest's pages are all alike, so it gets through");
     ask(&world, "wild", &json!({ "id": "third", "channels": 8, "compression": "Zstd" })).await?;
     let third = status_that(&world, "wild", "has ended", 3 * SOON, |status| ended(status, "third").is_some()).await?;
     let result = ended(&third, "third").and_then(|run| run.result).context("no result")?;
     ensure!(result.verdict == Verdict::Converges && result.compression_ratio.is_some_and(|ratio| ratio > 10.0), "{result:?}");
-    ensure!(set(&world, "wild").await? == before, "QEMU's settings are as they were");
+    ensure!(world.migration_settings(NAMESPACE, "wild").await? == before, "QEMU's settings are as they were");
     ask(&world, "wild", &Value::Null).await?;
 
     println!("--- a migration is read along, to its truth");
@@ -116,12 +116,4 @@ async fn status_that(
 /// The dry run of this id, once nothing more comes of it.
 fn ended(status: &MigrationForecastStatus, id: &str) -> Option<migvisor::api::dry_run::DryRunStatus> {
     status.dry_run.clone().filter(|run| run.id == id && run.phase.is_final())
-}
-
-/// What a QEMU has set for migrations, by the laboratory's own monitor.
-async fn set(world: &World, vm: &str) -> Result<(Value, Value)> {
-    let mut vm = world.borrow(NAMESPACE, vm)?;
-    let parameters = vm.lab().execute("query-migrate-parameters", Value::Null).await?;
-    let capabilities = vm.lab().execute("query-migrate-capabilities", Value::Null).await?;
-    Ok((parameters, capabilities))
 }

@@ -60,8 +60,8 @@ pub(super) struct Course {
     answers: Vec<Answer>,
     /// `avail-switchover-bandwidth`, bytes per ms.
     switchover: Option<f64>,
-    /// When the limit was last lowered, ms: until its next window QEMU's threshold is still the old one.
-    lowered_at: Option<f64>,
+    /// When the limit was last lowered, ms, and the throughput of the window before: until the next one QEMU's threshold is still the old.
+    lowered: Option<(f64, f64)>,
     /// Syncs that QEMU made for an old threshold only.
     spurious: u64,
     last: u64,
@@ -77,7 +77,7 @@ impl Course {
         Self {
             answers: limits.into_iter().map(|limit| Answer { limit, met: None }).collect(),
             switchover: switchover.map(|rate| rate as f64 / 1000.0),
-            lowered_at: None,
+            lowered: None,
             spurious: 0,
             last: 0,
             steadiness: Steadiness::default(),
@@ -98,12 +98,15 @@ impl Course {
     pub(super) fn sync(&mut self, sync: Sync) -> Step {
         let passed = sync.count.saturating_sub(self.last);
         self.last = sync.count;
-        match self.lowered_at {
-            Some(lowered) if sync.at_ms < lowered + WINDOW_MS => self.spurious = self.spurious.saturating_add(passed),
+        match self.lowered {
+            // Another window has another throughput, or, where the cap makes them all alike, is later.
+            Some((at_ms, throughput)) if sync.at_ms < at_ms + WINDOW_MS && sync.throughput.to_bits() == throughput.to_bits() => {
+                self.spurious = self.spurious.saturating_add(passed);
+            }
             // The last one is its own; what came before it was not.
             Some(_) => {
                 self.spurious = self.spurious.saturating_add(passed.saturating_sub(1));
-                self.lowered_at = None;
+                self.lowered = None;
             }
             None => {}
         }
@@ -121,7 +124,7 @@ impl Course {
         match self.limit() {
             None => Step::Met,
             Some(next) if met => {
-                self.lowered_at = Some(sync.at_ms);
+                self.lowered = Some((sync.at_ms, sync.throughput));
                 self.steadiness = Steadiness::default();
                 Step::Lower(next)
             }
@@ -169,7 +172,7 @@ mod tests {
         // Below both of the long ones at once.
         assert_eq!(course.sync(at(3, 20.0)), Step::Lower(ms(50)));
         // Two syncs for the old threshold, which QEMU keeps until its window ends.
-        assert_eq!(course.sync(Sync { at_ms: 350.0, ..at(5, 10.0) }), Step::Go);
+        assert_eq!(course.sync(Sync { at_ms: 350.0, throughput: at(3, 0.0).throughput, ..at(5, 10.0) }), Step::Go);
         assert_eq!(course.sync(at(7, 6.0)), Step::Go);
         assert_eq!(course.sync(at(8, 4.0)), Step::Met);
         let counts: Vec<_> = course.answers().iter().map(|answer| answer.met.map(|met| met.count)).collect();

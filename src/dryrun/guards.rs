@@ -112,38 +112,55 @@ async fn jobs(monitor: &mut Monitor) -> Result<(), DryRunError> {
     }
 }
 
+/// A device, as QEMU's object tree lists it.
+#[derive(Debug, Deserialize)]
+struct Child {
+    name: String,
+    #[serde(rename = "type")]
+    kind: String,
+}
+
+impl Child {
+    /// `child<KIND>`; anything else is a property.
+    fn device(&self) -> Option<&str> {
+        self.kind.strip_prefix("child<")?.strip_suffix('>')
+    }
+
+    /// Host devices, and network devices that write guest memory by themselves.
+    fn forbidden(&self) -> Result<(), DryRunError> {
+        let kind = self.device().unwrap_or_default();
+        let device = || plain(&format!("{} ({kind})", self.name));
+        if kind.starts_with("vfio-") || kind.starts_with("x-vfio-") {
+            return Err(DryRunError::Vfio { device: device() });
+        }
+        if kind.contains("vdpa") {
+            return Err(DryRunError::Vdpa { device: device() });
+        }
+        Ok(())
+    }
+}
+
 /// Devices whose state a dry run would disturb, or that could not be migrated this way.
 async fn devices(monitor: &mut Monitor) -> Result<(), DryRunError> {
-    #[derive(Deserialize)]
-    struct Child {
-        name: String,
-        #[serde(rename = "type")]
-        kind: String,
-    }
     for path in DEVICES {
         let children: Vec<Child> = monitor.execute("qom-list", json!({ "path": path })).await?;
         for child in children {
-            let Some(kind) = child.kind.strip_prefix("child<").and_then(|kind| kind.strip_suffix('>')) else { continue };
-            let device = || plain(&format!("{} ({kind})", child.name));
-            if kind.starts_with("vfio-") {
-                return Err(DryRunError::Vfio { device: device() });
-            }
-            if kind.contains("vdpa") {
-                return Err(DryRunError::Vdpa { device: device() });
-            }
-            if kind.starts_with("virtio-net") && failover(monitor, &format!("{path}/{}", child.name)).await? {
-                return Err(DryRunError::Failover { device: device() });
+            child.forbidden()?;
+            let network = child.device().is_some_and(|kind| kind.starts_with("virtio-net"));
+            if network && failover(monitor, &format!("{path}/{}", child.name)).await? {
+                return Err(DryRunError::Failover { device: plain(&child.name) });
             }
         }
     }
     // Backends of network devices are no QOM objects.
     let network: String = monitor.execute("human-monitor-command", json!({ "command-line": "info network" })).await?;
-    match network.lines().find(|line| line.contains("type=vhost-vdpa")) {
-        Some(line) => {
-            Err(DryRunError::Vdpa { device: plain(line.trim().trim_start_matches("\\ ").split(':').next().unwrap_or_default()) })
-        }
-        None => Ok(()),
-    }
+    vdpa_backend(&network).map_or(Ok(()), |device| Err(DryRunError::Vdpa { device }))
+}
+
+/// The first vhost-vdpa backend in the monitor's `info network`: lines such as ` \\ net0: index=0,type=vhost-vdpa,…`.
+fn vdpa_backend(network: &str) -> Option<String> {
+    let line = network.lines().find(|line| line.contains("type=vhost-vdpa"))?;
+    Some(plain(line.trim_start_matches([' ', '\\']).split(':').next().unwrap_or_default()))
 }
 
 async fn failover(monitor: &mut Monitor, path: &str) -> Result<bool, DryRunError> {
@@ -178,6 +195,31 @@ fn memory_needed(ram: Bytes, plan: &Plan) -> Bytes {
 mod tests {
     use super::*;
     use crate::model::units::Bandwidth;
+
+    #[test]
+    fn devices_of_the_host_are_known_by_their_kind() {
+        let child = |kind: &str| Child { name: "hostdev0".to_owned(), kind: kind.to_owned() };
+        for kind in [
+            "child<vfio-pci>",
+            "child<vfio-pci-nohotplug>",
+            "child<vfio-ap>",
+            "child<vfio-user-pci>",
+            "child<x-vfio-user-server>",
+        ] {
+            assert!(
+                matches!(child(kind).forbidden(), Err(DryRunError::Vfio { device }) if device.contains("hostdev0")),
+                "{kind}"
+            );
+        }
+        assert!(matches!(child("child<vhost-vdpa-device-pci>").forbidden(), Err(DryRunError::Vdpa { .. })));
+        for kind in ["child<virtio-net-pci>", "child<e1000>", "string", "link<vfio-pci>", ""] {
+            assert!(child(kind).forbidden().is_ok(), "{kind}");
+        }
+        let network =
+            "nic0: index=0,type=nic,model=virtio-net-pci\n \\ hostnet0: index=0,type=vhost-vdpa,vhostdev=/dev/vhost-vdpa-0\n";
+        assert_eq!(vdpa_backend(network).as_deref(), Some("hostnet0"));
+        assert_eq!(vdpa_backend("nic0: index=0,type=nic\n \\ net0: index=0,type=tap\n"), None);
+    }
 
     #[test]
     fn buffers_are_counted() {

@@ -9,7 +9,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{DryRunError, settings::Settings};
+use super::{DryRunError, settings::Loan};
 
 /// Nothing that QEMU tells of itself is longer.
 const LONGEST: u64 = 1 << 20;
@@ -34,30 +34,30 @@ impl Journal {
     }
 
     /// What a run before us left behind. What cannot be read is put aside: it helps nobody.
-    pub(super) fn left_behind(&self) -> Option<Settings> {
+    pub(super) fn left_behind(&self) -> Option<Loan> {
         let known = fs::metadata(&self.file).ok()?;
-        let settings = if known.len() > LONGEST {
+        let loan = if known.len() > LONGEST {
             None
         } else {
             fs::read(&self.file).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok())
         };
-        if settings.is_none() {
+        if loan.is_none() {
             tracing::warn!(file = %self.file.display(), "settings left by an earlier dry run cannot be read; put aside");
             let mut aside = self.file.clone().into_os_string();
             aside.push(".unreadable");
             let _ = fs::rename(&self.file, aside);
         }
-        settings
+        loan
     }
 
     /// Keeps them: whole or not at all, and on disk before anything is touched.
-    pub(super) fn keep(&self, settings: &Settings) -> Result<(), DryRunError> {
+    pub(super) fn keep(&self, loan: &Loan) -> Result<(), DryRunError> {
         let error = |source| DryRunError::Journal { path: self.file.clone(), source };
         let partial = self.file.with_extension("partial");
         let write = || -> io::Result<()> {
             fs::create_dir_all(self.file.parent().unwrap_or(Path::new(".")))?;
             let mut file = fs::File::create(&partial)?;
-            file.write_all(&serde_json::to_vec(settings)?)?;
+            file.write_all(&serde_json::to_vec(loan)?)?;
             file.sync_all()?;
             fs::rename(&partial, &self.file)
         };
@@ -91,17 +91,21 @@ mod tests {
         proc
     }
 
+    fn loan() -> Loan {
+        let settings = json!({"capabilities": {"events": false}, "parameters": {"x": 1}});
+        serde_json::from_value(json!({"before": settings, "during": settings, "limits_ms": [300]})).unwrap()
+    }
+
     #[test]
     fn what_was_kept_is_found_by_the_same_process_only() {
         let (proc, other) = (process("123"), process("124"));
         let folder = tempfile::tempdir().unwrap();
         let deep = folder.path().join("not/yet");
         let journal = Journal::at(proc.path(), &deep, 7).unwrap();
-        let settings: Settings =
-            serde_json::from_value(json!({"capabilities": {"events": false}, "parameters": {"x": 1}})).unwrap();
+        let loan = loan();
         assert_eq!(journal.left_behind(), None);
-        journal.keep(&settings).unwrap();
-        assert_eq!(journal.left_behind().as_ref(), Some(&settings));
+        journal.keep(&loan).unwrap();
+        assert_eq!(journal.left_behind().as_ref(), Some(&loan));
         assert_eq!(Journal::at(other.path(), &deep, 7).unwrap().left_behind(), None);
         journal.forget();
         assert_eq!((journal.left_behind(), fs::read_dir(&deep).unwrap().count()), (None, 0));
@@ -117,7 +121,7 @@ mod tests {
         assert!(!journal.file.exists() && folder.path().join("dry-run-7-123.json.unreadable").exists());
         // No room, or no right: said before anything is touched.
         let nowhere = Journal::at(proc.path(), Path::new("/proc/none"), 7).unwrap();
-        let error = nowhere.keep(&serde_json::from_value(json!({"capabilities": {}, "parameters": {}})).unwrap()).unwrap_err();
+        let error = nowhere.keep(&loan()).unwrap_err();
         assert!(matches!(error, DryRunError::Journal { .. }), "{error}");
     }
 }

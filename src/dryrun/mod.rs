@@ -6,31 +6,26 @@
 //!
 //! | module | what it does |
 //! |---|---|
-//! | [`guards`] | refuses what must not be dry-run |
-//! | [`host`] | what the host says of the process: realtime, CPUs of its own, room under its memory limits |
-//! | [`settings`], [`journal`] | QEMU's settings: taken down, borrowed, put back, compared; also after our own death |
-//! | [`sink`], [`pace`] | the end of the line |
-//! | [`mod@run`], [`watching`] | starts, watches, cancels, cleans up |
-//! | [`course`] | which limit was met when |
-//! | [`report`] | what came of it |
+//! | `guards` | refuses what must not be dry-run |
+//! | `host` | what the host says of the process: realtime, CPUs of its own, room under its memory limits |
+//! | `settings`, `journal` | QEMU's settings: taken down, borrowed, put back, compared; also after our own death |
+//! | `sink`, [`pace`] | the end of the line |
+//! | `run`, `watching` | starts, watches, cancels, cleans up |
+//! | `course` | which limit was met when |
+//! | `report` | what came of it |
+//! | `error` | why nothing did |
 //!
 //! **Why the guest cannot be stopped.** With the capabilities `return-path` and `switchover-ack` (QEMU 8.1) a source switches over only after
 //! its target has said so, and ours never says anything. Should the guest be paused by somebody meanwhile, QEMU no longer waits for that
 //! word; but without the target's last one (`MIG_RP_MSG_SHUT`) it does not complete either, and we cancel at once. If we die, the sink
 //! closes, QEMU fails the migration, and the guest runs on.
 
-use std::{fmt, io, path::PathBuf, time::Duration};
+use std::{fmt, path::PathBuf, time::Duration};
 
-use crate::{
-    model::units::{Bandwidth, Bytes, BytesPerSecond},
-    qemu::{
-        migration::MigrationStatus,
-        qmp::{QmpError, Version},
-        vm::RunState,
-    },
-};
+use crate::model::units::{Bandwidth, Bytes, BytesPerSecond};
 
 mod course;
+mod error;
 mod guards;
 mod host;
 mod journal;
@@ -41,9 +36,10 @@ mod settings;
 mod sink;
 mod watching;
 
+pub use error::DryRunError;
 pub use host::HeadroomError;
 pub use report::{End, Limit, Report};
-pub use run::run;
+pub use run::{recover, run};
 pub use sink::Meeting;
 
 /// QEMU's default `multifd-channels` is 2, KubeVirt's 8; more than this no migration has.
@@ -63,6 +59,7 @@ pub enum Compression {
 
 /// What is left alone unless somebody asks for it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "each of them somebody's decision, and none implies another")]
 pub struct Allow {
     /// VMs with realtime threads: write protection costs them what they were promised not to wait for.
     pub realtime: bool,
@@ -119,10 +116,8 @@ impl Plan {
         }
     }
 
-    /// Whole ms, as QEMU counts.
-    fn longest_limit_ms(&self) -> u64 {
-        let longest = self.downtime_limits.iter().max().copied().unwrap_or_default();
-        u64::try_from(longest.as_millis()).unwrap_or(u64::MAX)
+    fn longest_limit(&self) -> Duration {
+        self.downtime_limits.iter().max().copied().unwrap_or_default()
     }
 
     /// The rate at which the sink reads: the line's, and the cap's where QEMU does not honour it itself.
@@ -153,6 +148,11 @@ impl Plan {
     }
 }
 
+/// As QEMU counts: rounded down.
+fn whole_ms(limit: Duration) -> u64 {
+    u64::try_from(limit.as_millis()).unwrap_or(u64::MAX)
+}
+
 /// How far a run is.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Progress {
@@ -175,220 +175,5 @@ pub struct Reason(pub String);
 impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
-    }
-}
-
-/// Why there is no answer. Unless it says otherwise, the guest runs, and QEMU's settings are as they were.
-#[derive(Debug, thiserror::Error)]
-pub enum DryRunError {
-    /// The monitor failed.
-    #[error(transparent)]
-    Qmp(#[from] QmpError),
-    /// A plan that makes no sense.
-    #[error("cannot dry-run this: {reason}")]
-    BadPlan {
-        /// What to change.
-        reason: String,
-    },
-    /// QEMU could not be kept from stopping the guest.
-    #[error(
-        "QEMU {found} is too old: a dry run that cannot stop the guest needs {} or newer; upgrade QEMU and restart or migrate the VM",
-        guards::OLDEST_QEMU
-    )]
-    TooOld {
-        /// Its version.
-        found: Version,
-    },
-    /// As above, or multifd is missing.
-    #[error(
-        "this QEMU has no migration capability `{capability}`: it was built without; without it there is no dry run of this kind"
-    )]
-    Lacks {
-        /// QEMU's name for it.
-        capability: String,
-    },
-    /// The target of a migration: not yet a VM.
-    #[error("the VM is the target of a migration that has not finished: dry-run it once it runs")]
-    Incoming,
-    /// It will not run on.
-    #[error("the VM does not run any more (state `{state}`): there is nothing to migrate")]
-    Ended {
-        /// QEMU's run state.
-        state: RunState,
-    },
-    /// Nothing would keep QEMU from completing.
-    #[error(
-        "the VM is not running (state `{state}`): QEMU would complete a dry run of a stopped guest; a stopped guest writes nothing, so `predict` is right about it"
-    )]
-    NotRunning {
-        /// QEMU's run state.
-        state: RunState,
-    },
-    /// A migration, or a snapshot that uses its machinery, is under way.
-    #[error("the VM is being migrated (status `{status}`): QEMU has one migration at a time; try again when it has ended")]
-    Migrating {
-        /// QEMU's migration status.
-        status: MigrationStatus,
-    },
-    /// QEMU itself says that the VM cannot be migrated.
-    #[error("QEMU refuses to migrate this VM: {reasons}; a real migration would be refused, too, until that is mended")]
-    Blocked {
-        /// QEMU's words.
-        reasons: String,
-    },
-    /// Block jobs, backups, snapshots.
-    #[error("the job `{id}` ({kind}) is under way: a dry run would slow it down; try again when it has ended")]
-    Job {
-        /// QEMU's name for it.
-        id: String,
-        /// Such as `backup`.
-        kind: String,
-    },
-    /// A host device.
-    #[error(
-        "the VM has the host device {device} (VFIO): its state cannot be sent to nowhere; detach it, or go without a dry run"
-    )]
-    Vfio {
-        /// QEMU's name for it.
-        device: String,
-    },
-    /// A network device that is unplugged for a migration.
-    #[error("the network device {device} has a failover partner that QEMU would unplug: go without a dry run")]
-    Failover {
-        /// QEMU's name for it.
-        device: String,
-    },
-    /// A device that writes guest memory by itself.
-    #[error("the device {device} is vhost-vdpa: QEMU would suspend it to follow its writes; go without a dry run")]
-    Vdpa {
-        /// QEMU's name for it.
-        device: String,
-    },
-    /// Huge pages, not opted in.
-    #[error("the memory `{block}` is on huge pages of {}: following its writes splits them; opt in to dry-run it all the same", page_size.human())]
-    Hugepages {
-        /// QEMU's name for it.
-        block: String,
-        /// Of the host.
-        page_size: Bytes,
-    },
-    /// Nobody knows whether it is on huge pages.
-    #[error("cannot tell whether the VM's memory is on huge pages: {why}; opt in to huge pages to dry-run it all the same")]
-    MemoryUnclear {
-        /// What does not fit.
-        why: String,
-    },
-    /// Realtime threads, not opted in.
-    #[error("the VM has realtime threads: following its writes makes them wait; opt in to dry-run it all the same")]
-    Realtime,
-    /// CPUs of its own, not opted in.
-    #[error("the VM's CPUs are tied to CPUs of their own: a dry run takes time from them; opt in to dry-run it all the same")]
-    DedicatedCpus,
-    /// QEMU could be killed for its buffers.
-    #[error("a dry run needs up to {} of the VM's memory limit, and {} are free in {}: raise the limit, or use fewer channels", needed.human(), free.human(), cgroup.display())]
-    NoHeadroom {
-        /// At most.
-        needed: Bytes,
-        /// Under the tightest limit.
-        free: Bytes,
-        /// Whose limit it is.
-        cgroup: PathBuf,
-    },
-    /// As above, and nobody knows.
-    #[error(
-        "a dry run with multifd or XBZRLE takes memory of the VM's, and how much its limits leave is unknown: {why}; dry-run it without"
-    )]
-    HeadroomUnknown {
-        /// What failed.
-        why: HeadroomError,
-    },
-    /// In a cluster, memory is what was asked for.
-    #[error("XBZRLE takes 64 MiB of the VM's memory limit: it is dry-run from the command line only")]
-    Xbzrle,
-    /// No socket, no thread.
-    #[error("cannot open the sink of the dry run: {0}")]
-    Sink(io::Error),
-    /// Nothing was touched.
-    #[error("cannot keep QEMU's settings in {}: {source}; without that they could not be put back after a crash", path.display())]
-    Journal {
-        /// The file.
-        path: PathBuf,
-        /// What the kernel said.
-        source: io::Error,
-    },
-    /// Nobody waits for the answer any more.
-    #[error("the dry run was withdrawn: {reason}")]
-    Withdrawn {
-        /// Why.
-        reason: Reason,
-    },
-    /// Somebody stopped the guest.
-    #[error(
-        "the guest was stopped during the dry run, by somebody else (state `{state}`): the dry run was cancelled; try again once it runs"
-    )]
-    Stopped {
-        /// QEMU's run state.
-        state: RunState,
-    },
-    /// It ended, and not by us.
-    #[error("QEMU ended the dry run (status `{status}`{words}): somebody cancelled it, or QEMU could not go on; the guest runs")]
-    Interrupted {
-        /// QEMU's migration status.
-        status: MigrationStatus,
-        /// QEMU's words, with a colon before them.
-        words: String,
-    },
-    /// Somebody else's: it is left alone, and so are QEMU's settings.
-    #[error("somebody else's migration took the place of the dry run: it was left alone, and so were its settings{unrestored}")]
-    Foreign {
-        /// Which of the settings are still the dry run's.
-        unrestored: String,
-    },
-    /// Nothing moves.
-    #[error("the dry run moved nothing for {waited:?}: it was cancelled; the host may be overloaded")]
-    Stalled {
-        /// For how long.
-        waited: Duration,
-    },
-    /// The one case in which settings are not as they were.
-    #[error(
-        "the dry run could not put QEMU's settings back: {left}{why}; set them by migrate-set-capabilities and migrate-set-parameters, or dry-run the VM again"
-    )]
-    NotRestored {
-        /// Which, and what they should be.
-        left: String,
-        /// What failed, with its punctuation.
-        why: String,
-        /// What had gone wrong before, if anything.
-        before: Option<Box<DryRunError>>,
-    },
-}
-
-impl DryRunError {
-    /// Nothing is wrong with the question or the machine: this VM has no dry run, or not now.
-    pub fn is_refusal(&self) -> bool {
-        use DryRunError::{
-            Blocked, DedicatedCpus, Ended, Failover, HeadroomUnknown, Hugepages, Incoming, Job, MemoryUnclear, Migrating,
-            NoHeadroom, NotRunning, Realtime, Stopped, Vdpa, Vfio,
-        };
-        matches!(
-            self,
-            Blocked { .. }
-                | DedicatedCpus
-                | Ended { .. }
-                | Failover { .. }
-                | HeadroomUnknown { .. }
-                | Hugepages { .. }
-                | Incoming
-                | Job { .. }
-                | MemoryUnclear { .. }
-                | Migrating { .. }
-                | NoHeadroom { .. }
-                | NotRunning { .. }
-                | Realtime
-                | Stopped { .. }
-                | Vdpa { .. }
-                | Vfio { .. }
-        )
     }
 }

@@ -4,7 +4,10 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::course::{Answer, Sync};
+use super::{
+    course::{Answer, Sync},
+    whole_ms,
+};
 use crate::model::{
     forecast::{Forecast, Question},
     predict::{NO_BUDGET, of_dry_run},
@@ -86,8 +89,8 @@ impl Report {
 
     /// The forecast for the question's downtime limit; `None` where the run had no such limit, or ended before it could tell.
     pub fn forecast(&self, question: &Question) -> Option<Forecast> {
-        let limit_ms = question.downtime_limit.as_millis();
-        let answer = self.answers.iter().find(|answer| answer.limit.as_millis() == limit_ms)?;
+        let limit_ms = whole_ms(question.downtime_limit);
+        let answer = self.answers.iter().find(|answer| whole_ms(answer.limit) == limit_ms)?;
         let (outcome, wire) = match answer.met {
             Some(met) => self.outcome(&met, question),
             None => (self.failure(question)?, self.wire.0 as f64 * self.stretch(question)),
@@ -140,7 +143,7 @@ impl Report {
 
     fn limit(&self, answer: &Answer, question: &Question) -> Limit {
         let none = Limit {
-            downtime_limit_ms: u64::try_from(answer.limit.as_millis()).unwrap_or(u64::MAX),
+            downtime_limit_ms: whole_ms(answer.limit),
             converges: (self.end != End::Deadline).then_some(false),
             convergence_ms: None,
             downtime_ms: None,

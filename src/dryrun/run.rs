@@ -3,7 +3,7 @@
 //! The run owns its monitor and is a task of its own: whoever waits for it may go away at any time, and QEMU is still left as it was found.
 //! Every way out leads through [`Borrowed::give_back`].
 
-use std::time::Duration;
+use std::{path::Path, time::Duration};
 
 use serde_json::{Value, json};
 use tokio::{
@@ -12,7 +12,10 @@ use tokio::{
 };
 
 use super::{
-    DryRunError, Meeting, Plan, Progress, Reason, Report, guards, journal::Journal, settings::Settings, sink::Sink,
+    DryRunError, Meeting, Plan, Progress, Reason, Report, guards,
+    journal::Journal,
+    settings::{Loan, Settings},
+    sink::Sink,
     watching::Watching,
 };
 use crate::qemu::{
@@ -56,6 +59,23 @@ pub async fn run(
     }
 }
 
+/// Puts back what a run that was killed had borrowed and written down in this folder; says whether there was anything. To be called while no
+/// migration is under way: a killed run's own has ended within the second.
+pub async fn recover(monitor: &mut Monitor, journal: &Path, pid: Option<i32>) -> Result<bool, DryRunError> {
+    let Some(journal) = pid.or(monitor.peer_pid()).and_then(|pid| Journal::of(journal, pid)) else { return Ok(false) };
+    let Some(loan) = journal.left_behind() else { return Ok(false) };
+    if let Some(status) = migration::query(monitor).await?.status.filter(|status| status.is_active()) {
+        return Err(DryRunError::Migrating { status });
+    }
+    let left = loan.repay(monitor).await?;
+    if !left.is_empty() {
+        return Err(DryRunError::NotRestored { left: left.to_string(), why: String::new(), before: None });
+    }
+    journal.forget();
+    tracing::info!("put back what a dry run that was killed had borrowed");
+    Ok(true)
+}
+
 /// Why a run shall end: what was said, or that nobody waits any more.
 pub(super) async fn order(orders: &mut oneshot::Receiver<Reason>) -> Reason {
     orders.await.unwrap_or_else(|_| Reason("nobody waits for it any more".to_owned()))
@@ -67,6 +87,9 @@ async fn conduct(
     news: watch::Sender<Progress>,
     mut orders: oneshot::Receiver<Reason>,
 ) -> Result<Report, DryRunError> {
+    if let Some(journal) = plan.journal.as_deref() {
+        recover(&mut monitor, journal, plan.pid).await?;
+    }
     tokio::select! {
         biased;
         reason = order(&mut orders) => return Err(DryRunError::Withdrawn { reason }),
@@ -88,8 +111,7 @@ async fn conduct(
 
 /// QEMU's migration machinery while it is ours.
 struct Borrowed {
-    before: Settings,
-    during: Settings,
+    loan: Loan,
     journal: Option<Journal>,
     sink: Option<Sink>,
     /// `migrate` was sent, and when: from then on a migration may be ours.
@@ -97,21 +119,15 @@ struct Borrowed {
 }
 
 impl Borrowed {
-    /// Takes the settings down. Touches nothing yet, unless a run before us has left something to be put back.
+    /// Takes the settings down. Touches nothing yet.
     async fn take(monitor: &mut Monitor, plan: &Plan) -> Result<Self, DryRunError> {
         let pid = plan.pid.or(monitor.peer_pid());
         let journal = plan.journal.as_deref().zip(pid).and_then(|(folder, pid)| Journal::of(folder, pid));
-        let mut before = Settings::read(monitor).await?;
-        if let Some(left) = journal.as_ref().and_then(Journal::left_behind) {
-            tracing::info!("putting back what a dry run that was killed had borrowed");
-            left.apply(monitor, &before).await?;
-            before = Settings::read(monitor).await?;
-        }
-        let during = before.of(plan)?;
+        let loan = Loan::of(Settings::read(monitor).await?, plan)?;
         if let Some(journal) = &journal {
-            journal.keep(&before)?;
+            journal.keep(&loan)?;
         }
-        Ok(Self { before, during, journal, sink: None, started: None })
+        Ok(Self { loan, journal, sink: None, started: None })
     }
 
     async fn migrate(
@@ -121,8 +137,7 @@ impl Borrowed {
         news: &watch::Sender<Progress>,
         orders: &mut oneshot::Receiver<Reason>,
     ) -> Result<Report, DryRunError> {
-        self.during.apply(monitor, &self.before).await?;
-        // Nothing is started before QEMU itself has said that it cannot complete.
+        self.loan.during.apply(monitor, &self.loan.before).await?;
         let set = Settings::read(monitor).await?;
         if !set.cannot_complete() {
             return Err(DryRunError::Lacks { capability: "switchover-ack".to_owned() });
@@ -133,6 +148,11 @@ impl Borrowed {
         let mut watching = Watching::new(plan, set.switchover_bandwidth());
         self.started = Some(Instant::now());
         migration::start(monitor, &uri).await?;
+        // From here on QEMU lets nobody change capabilities, and before its first window of 100 ms has passed it completes nothing: what holds
+        // now holds to the end.
+        if !Settings::read(monitor).await?.cannot_complete() {
+            return Err(DryRunError::Lacks { capability: "switchover-ack".to_owned() });
+        }
         watching.watch(monitor, sink, news, orders).await
     }
 
@@ -141,33 +161,27 @@ impl Borrowed {
         let ended = self.end(monitor).await;
         // Only now: a cancelled migration is one that QEMU does not complain of.
         self.sink = None;
-        match ended {
-            Err(error @ (DryRunError::Foreign { .. } | DryRunError::Qmp(QmpError::Closed { .. }))) => return Err(error),
-            // Whatever went wrong, a closed sink ends it: try all the same.
-            Ok(()) | Err(_) => {}
+        // Whatever else went wrong, a closed sink ends it: try all the same.
+        if let Err(error @ (DryRunError::Foreign { .. } | DryRunError::Qmp(QmpError::Closed { .. }))) = ended {
+            return Err(error);
         }
         // Where `migrate` was refused the descriptor is still with QEMU.
         let _ = monitor.execute::<Value>("closefd", json!({ "fdname": DESCRIPTOR })).await;
-        let mut why = String::new();
+        let (mut left, mut why) = (self.loan.outstanding(&self.loan.during), String::new());
         for _ in 0..2 {
-            let tried = async {
-                let now = Settings::read(monitor).await?;
-                self.before.apply(monitor, &now).await?;
-                Settings::read(monitor).await
-            };
-            match tried.await {
-                Ok(now) if self.before.differences(&now).is_empty() => {
-                    if let Some(journal) = &self.journal {
-                        journal.forget();
-                    }
-                    return Ok(());
-                }
-                Ok(now) => why = format!("; still different: {}", self.before.differences(&now).join(", ")),
+            match self.loan.repay(monitor).await {
+                Ok(outstanding) => left = outstanding,
                 Err(QmpError::Closed { command }) => return Err(QmpError::Closed { command }.into()),
                 Err(error) => why = format!("; {error}"),
             }
+            if left.is_empty() {
+                if let Some(journal) = &self.journal {
+                    journal.forget();
+                }
+                return Ok(());
+            }
         }
-        Err(DryRunError::NotRestored { left: self.before.differences(&self.during).join(", "), why, before: None })
+        Err(DryRunError::NotRestored { left: left.to_string(), why, before: None })
     }
 
     /// Cancels what is ours and waits until QEMU is done with it.
@@ -182,8 +196,9 @@ impl Borrowed {
             }
             let hung_up = self.sink.as_ref().is_none_or(Sink::hung_up);
             if is_foreign(&info, started) {
-                let unrestored = self.before.differences(&self.during).join(", ");
-                return Err(DryRunError::Foreign { unrestored: format!(" (the dry run had changed {unrestored})") });
+                let left = self.loan.outstanding(&Settings::read(monitor).await?);
+                let unrestored = if left.is_empty() { String::new() } else { format!("; before the dry run it was: {left}") };
+                return Err(DryRunError::Foreign { unrestored });
             }
             // Where the sink has seen the end, QEMU ends it by itself; whatever comes next is not ours to cancel.
             if !cancelled && !hung_up {
@@ -205,7 +220,7 @@ impl Borrowed {
 /// An active migration that is younger than ours would be.
 pub(super) fn is_foreign(info: &MigrationInfo, started: Instant) -> bool {
     /// QEMU's clock begins while `migrate` is under way; a slow answer makes its time less than ours.
-    const TOLERANCE: Duration = Duration::from_millis(1000);
+    const TOLERANCE: Duration = Duration::from_secs(1);
     info.total().is_some_and(|age| age + TOLERANCE < started.elapsed())
 }
 
@@ -222,4 +237,18 @@ async fn open_sink(monitor: &mut Monitor, plan: &Plan) -> Result<(Sink, String),
     let peer = plan.pid.or(monitor.peer_pid());
     let (sink, socket) = Sink::listen(plan.pace(), meeting, 1 + usize::from(plan.channels), peer).map_err(DryRunError::Sink)?;
     Ok((sink, format!("unix:{}", socket.display())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_migration_younger_than_ours_is_somebody_elses() {
+        let ago = |ms: u64| Instant::now().checked_sub(Duration::from_millis(ms)).unwrap_or_else(Instant::now);
+        let age = |ms: u64| MigrationInfo { total_time: Some(ms), ..MigrationInfo::default() };
+        assert!(!is_foreign(&age(4990), ago(5000)) && is_foreign(&age(300), ago(5000)));
+        // QEMU may be slow to begin, and says nothing of one that has not.
+        assert!(!is_foreign(&age(0), ago(900)) && !is_foreign(&MigrationInfo::default(), ago(5000)));
+    }
 }

@@ -118,7 +118,7 @@ impl Sink {
         // QEMU may be another user. Nobody else knows the name, and whoever guesses it is turned away.
         let opened =
             fs::set_permissions(&socket, fs::Permissions::from_mode(0o666)).and_then(|()| listener.set_nonblocking(true));
-        let listener = Some(Listener { listener, free: connections, peer });
+        let listener = Some(Listener { socket: listener, free: connections, peer });
         match opened.and_then(|()| Self::start(rate, Lines { streams: vec![], listener })) {
             Ok(mut sink) => {
                 sink.socket = Some(socket);
@@ -206,7 +206,7 @@ struct Lines {
 }
 
 struct Listener {
-    listener: UnixListener,
+    socket: UnixListener,
     free: usize,
     peer: Option<i32>,
 }
@@ -242,7 +242,7 @@ impl Lines {
     fn ready(&self, leash: BorrowedFd<'_>) -> io::Result<Option<Vec<bool>>> {
         let mut fds = vec![PollFd::new(leash, PollFlags::POLLIN)];
         fds.extend(self.streams.iter().map(|stream| PollFd::new(stream.as_fd(), PollFlags::POLLIN)));
-        fds.extend(self.listener.iter().map(|one| PollFd::new(one.listener.as_fd(), PollFlags::POLLIN)));
+        fds.extend(self.listener.iter().map(|one| PollFd::new(one.socket.as_fd(), PollFlags::POLLIN)));
         match poll(&mut fds, PollTimeout::NONE) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(error) => return Err(error.into()),
@@ -256,7 +256,7 @@ impl Lines {
 
     fn accept(&mut self) -> io::Result<()> {
         let Some(listener) = &mut self.listener else { return Ok(()) };
-        match listener.listener.accept() {
+        match listener.socket.accept() {
             Ok((stream, _)) => {
                 let from = getsockopt(&stream, PeerCredentials)?.pid();
                 if listener.free > 0 && listener.peer.is_none_or(|peer| peer == from) {

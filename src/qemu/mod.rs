@@ -14,6 +14,7 @@
 //! QEMU's answers are hostile input: the process next to the guest may have been taken over by it.
 
 pub mod dirty_rate;
+mod event;
 pub mod libvirt;
 mod lines;
 pub mod migration;

@@ -21,6 +21,7 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
+pub use super::event::Event;
 use super::{
     libvirt::LibvirtError,
     lines::LineBuffer,
@@ -49,35 +50,6 @@ pub struct Version {
 impl Display for Version {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}.{}.{}", self.major, self.minor, self.micro)
-    }
-}
-
-/// Something that QEMU said unasked.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
-pub struct Event {
-    /// Its name, such as `MIGRATION_PASS`.
-    #[serde(rename = "event")]
-    pub name: String,
-    /// What belongs to it.
-    #[serde(default)]
-    pub data: Value,
-    /// When QEMU said it.
-    #[serde(default)]
-    pub timestamp: Timestamp,
-}
-
-/// QEMU's wall clock.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
-#[serde(default)]
-pub struct Timestamp {
-    seconds: i64,
-    microseconds: i64,
-}
-
-impl Timestamp {
-    /// Milliseconds since 1970; `None` where QEMU could not read its clock.
-    pub fn ms(self) -> Option<f64> {
-        (self.seconds > 0 && self.microseconds >= 0).then(|| self.seconds as f64 * 1e3 + self.microseconds as f64 / 1e3)
     }
 }
 

@@ -162,7 +162,10 @@ async fn a_flood_of_long_events_is_bounded_in_bytes() {
         assert!(qmp.next_event(Instant::now()).await.unwrap().is_some());
     }
     assert_eq!(qmp.event_bytes, 0);
-    qmp.keep(MAX_EVENT_BYTES + 1, Event { name: "E".to_owned(), data: Value::Null, timestamp: Timestamp::default() });
+    qmp.keep(
+        MAX_EVENT_BYTES + 1,
+        Event { name: "E".to_owned(), data: Value::Null, timestamp: crate::qemu::event::Timestamp::default() },
+    );
     assert_eq!((qmp.events.len(), qmp.event_bytes), (0, 0));
 }
 
