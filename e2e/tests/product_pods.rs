@@ -5,9 +5,12 @@ mod common;
 
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use common::NAMESPACE;
-use migvisor::model::forecast::{HostConstants, Verdict};
+use migvisor::{
+    api::dry_run::DryRunPhase,
+    model::forecast::{HostConstants, Verdict},
+};
 use migvisor_e2e::{
     lab::{
         GuestSpec,
@@ -17,7 +20,7 @@ use migvisor_e2e::{
     world::World,
 };
 use nix::sys::signal::Signal;
-use serde_json::json;
+use serde_json::{Value, json};
 
 /// 64 MiB of data, 16 MiB/s written.
 const CALM: GuestSpec = GuestSpec::uniform(16_384, 4);
@@ -38,6 +41,10 @@ async fn vms_in_pods_are_answered_for() -> Result<()> {
         world.start_agent_on_pods(&HostConstants::default(), &["--look", "3s", "--source", "sampler"]).await?;
         answered(&world, "calm", Verdict::Converges).await?;
         answered(&world, "wild", Verdict::Fails).await?;
+        // As non-root and as root, through libvirt, by one stream and by several: QEMU comes to a socket in its pod's own folder.
+        for (name, dry_run) in [("calm", json!({ "id": "one" })), ("wild", json!({ "id": "eight", "channels": 8 }))] {
+            dry_run_is_done(&world, name, &dry_run).await?;
+        }
     } else {
         eprintln!("SKIPPED: this machine lets nobody make a pod's cgroup, so no VM is found by it");
     }
@@ -54,6 +61,18 @@ async fn vms_in_pods_are_answered_for() -> Result<()> {
     logged(&mut world, "looked", "wild").await?;
     answered(&world, "wild", Verdict::Fails).await?;
     world.process("agent")?.still_runs()
+}
+
+async fn dry_run_is_done(world: &World, name: &str, dry_run: &Value) -> Result<()> {
+    let patch = json!({ "spec": { "dryRun": dry_run } }).to_string();
+    let args = ["patch", "migrationforecast", name, "-n", NAMESPACE, "--type=merge", "-p", &patch];
+    world.plane().kubectl(&args, "").await?.ok()?;
+    let run = |forecast: &migvisor::api::MigrationForecast| forecast.status.as_ref().and_then(|status| status.dry_run.clone());
+    let over = |forecast: &migvisor::api::MigrationForecast| run(forecast).is_some_and(|run| run.phase.is_final());
+    let forecast = common::forecast_that(world, name, "has its dry run behind it", Duration::from_secs(60), over).await?;
+    let run = run(&forecast).context("it has one")?;
+    ensure!(run.phase == DryRunPhase::Done && run.result.is_some(), "{name}: {run:?}");
+    Ok(())
 }
 
 /// Waits for a line of the agent's log with both words.

@@ -94,7 +94,9 @@ async fn carry_out<L: Locate>(
         locate(shared, life).await.map_err(|error| failed(error.to_string()))?.map_err(|error| refused(error.to_string()))?;
     let monitor = Monitor::connect(&target.monitor, CONNECT).await.map_err(|error| failed(error.to_string()))?;
     let journal = shared.checkpoint().map(super::checkpoint::Checkpoint::settings);
-    let plan = Plan { pid: target.pid, journal, ..plan(&request, question) };
+    let place = shared.locate.meeting(&life.pod_uid).map_err(|error| refused(error.to_string()))?;
+    let meeting = place.as_ref().map(super::locate::MeetingPlace::meeting);
+    let plan = Plan { pid: target.pid, journal, meeting, ..plan(&request, question) };
 
     let (news, heard) = watch::channel(None);
     let silent = telling(shared, key, life, begun, heard);

@@ -7,20 +7,27 @@
 
 use std::{
     io,
-    os::unix::fs::FileTypeExt,
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::fs::FileTypeExt,
+    },
     path::{Path, PathBuf},
 };
 
 use crate::{
     collector::Target,
+    dryrun::Meeting,
     qemu::{
-        libvirt::{LibvirtAddress, Owner, Socket},
+        libvirt::{LibvirtAddress, Owner, Socket, folder_beneath},
         process::{PodUid, ProcessError, Processes},
     },
 };
 
 /// Where virt-launcher's libvirt listens, from the pod's directory on (KubeVirt: `pkg/virt-controller/services/rendervolumes.go`).
 const LIBVIRT_SOCKET: &str = "volumes/kubernetes.io~empty-dir/libvirt-runtime/virtqemud-sock";
+
+/// The same folder, as the pod sees it.
+const LIBVIRT_RUNTIME: &str = "/var/run/libvirt";
 
 /// Why a VM was not found.
 #[derive(Debug, thiserror::Error)]
@@ -63,6 +70,24 @@ pub fn is_plain_uid(pod_uid: &str) -> bool {
 pub trait Locate: Send + Sync + 'static {
     /// What to look at.
     fn locate(&self, pod_uid: &str) -> Result<Target, LocateError>;
+
+    /// Where a pod's QEMU and we can meet at a socket, as both see it; `None`: wherever programs of one machine meet.
+    fn meeting(&self, _pod_uid: &str) -> Result<Option<MeetingPlace>, LocateError> {
+        Ok(None)
+    }
+}
+
+/// A folder of a pod's, held open: the pod may put a link in its place meanwhile.
+#[derive(Debug)]
+pub struct MeetingPlace {
+    folder: OwnedFd,
+}
+
+impl MeetingPlace {
+    /// Good for as long as this lives.
+    pub fn meeting(&self) -> Meeting {
+        Meeting { ours: format!("/proc/self/fd/{}", self.folder.as_raw_fd()).into(), theirs: LIBVIRT_RUNTIME.into() }
+    }
 }
 
 /// `DIR/<podUID>.sock`.
@@ -117,6 +142,15 @@ impl Locate for PodsDirectory {
         let socket = Socket::beneath(&self.directory, Path::new(pod_uid).join(LIBVIRT_SOCKET));
         let owner = self.processes.clone().map(|processes| Owner { pod, processes });
         Ok(Target { monitor: LibvirtAddress { socket, domain: None, owner }.into(), pid })
+    }
+
+    fn meeting(&self, pod_uid: &str) -> Result<Option<MeetingPlace>, LocateError> {
+        let pod: PodUid = pod_uid.parse().map_err(|_| LocateError::NotAUid)?;
+        let socket = Path::new(&pod.to_string()).join(LIBVIRT_SOCKET);
+        let path = socket.parent().unwrap_or(&socket);
+        let folder = folder_beneath(&self.directory, path)
+            .map_err(|source| LocateError::Io { path: self.directory.join(path), source })?;
+        Ok(Some(MeetingPlace { folder }))
     }
 }
 

@@ -64,9 +64,19 @@ fn open(socket: &Socket) -> io::Result<OwnedFd> {
     }
 }
 
+/// A folder beneath another one, whose contents may be hostile: no link is followed on the way.
+pub fn folder_beneath(directory: &Path, path: &Path) -> io::Result<OwnedFd> {
+    let directory = File::options().read(true).custom_flags(OFlag::O_DIRECTORY.bits()).open(directory)?;
+    resolve(&directory, path, OFlag::O_DIRECTORY)
+}
+
 fn beneath(directory: &File, path: &Path) -> io::Result<OwnedFd> {
+    resolve(directory, path, OFlag::empty())
+}
+
+fn resolve(directory: &File, path: &Path, more: OFlag) -> io::Result<OwnedFd> {
     let how = OpenHow::new()
-        .flags(OFlag::O_PATH | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW)
+        .flags(OFlag::O_PATH | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW | more)
         .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS);
     loop {
         match openat2(directory, path, how) {

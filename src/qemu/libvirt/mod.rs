@@ -12,6 +12,7 @@
 
 mod address;
 mod door;
+pub use door::folder_beneath;
 mod relay;
 #[cfg(feature = "libvirt")]
 mod worker;
