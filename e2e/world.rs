@@ -254,8 +254,10 @@ impl World {
     async fn start_agent_among(&mut self, vms: [&str; 2], host: &HostConstants, more: &[&str]) -> Result<()> {
         let constants = self.plane.directory().join("host.json");
         std::fs::write(&constants, serde_json::to_vec(host)?).context("cannot write the host's constants")?;
-        let (health, constants) = (self.agent_health.clone(), constants.to_string_lossy());
-        let mut args = vec!["agent", "--node", NODE, "--listen", &health, "--host", &constants];
+        let checkpoint = self.plane.directory().join("checkpoint");
+        let (health, constants, checkpoint) =
+            (self.agent_health.clone(), constants.to_string_lossy(), checkpoint.to_string_lossy());
+        let mut args = vec!["agent", "--node", NODE, "--listen", &health, "--host", &constants, "--checkpoint", &checkpoint];
         args.extend(vms);
         args.extend(more);
         let process = self.plane.product("agent", &args, &[])?;

@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 
 /// So much CPU time may be used ahead of the budget: the first looks at a node's VMs should not wait for minutes.
 const AHEAD: Duration = Duration::from_secs(20);
+/// Answers count for 20 minutes.
+const LONGEST_WAIT: Duration = Duration::from_secs(300);
 /// Fewer samples than this share of all of them tell too little.
 const LEAST_EFFORT: f64 = 0.2;
 /// What a look with all samples costs, as long as none has been seen: page reads, the fit, the replays.
@@ -38,7 +40,9 @@ impl Budget {
     pub fn used(&mut self, used: Duration, now: Instant) {
         let spent = used.saturating_sub(self.told.0).as_secs_f64();
         let passed = now.saturating_duration_since(self.told.1).as_secs_f64();
-        self.debt = (self.debt + spent - self.share * passed).max(0.0);
+        // However much something else has used (a dry run does not ask for a share): no look waits for longer than this.
+        let most = AHEAD.as_secs_f64() + self.share * LONGEST_WAIT.as_secs_f64();
+        self.debt = (self.debt + spent - self.share * passed).clamp(0.0, most);
         self.told = (used, now);
     }
 

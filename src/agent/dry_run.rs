@@ -36,7 +36,7 @@ const CONNECT: Duration = Duration::from_secs(5);
 /// An API server that takes no progress for so long may have told us to stop, and we would not know.
 const SILENCE: Duration = Duration::from_secs(60);
 /// Between two attempts to write the result, and for how long it is tried: it took minutes to get.
-const RESULT: (Duration, u32) = (Duration::from_secs(5), 60);
+const RESULT: (Duration, u32) = (Duration::from_secs(5), 12);
 
 /// What is asked, under which question.
 pub(super) struct Task {
@@ -61,16 +61,24 @@ pub(super) async fn dry_run<L: Locate>(shared: &Arc<Shared<L>>, key: &Key, life:
     };
     let status = match carry_out(shared, key, life, &task, &begun).await {
         Ok(status) => status,
+        // It is still asked for: the next agent begins anew.
+        Err(_) if shared.shutdown.is_ending() => {
+            let message = "The agent of the node was ended; the next one begins anew.".to_owned();
+            let status = DryRunStatus { phase: DryRunPhase::Waiting, message, started_at: None, ..begun };
+            tell(shared, key, life, Part::DryRun(&status)).await;
+            return Outcome::DryRun(Box::new(status));
+        }
         Err((phase, message)) => DryRunStatus { phase, message: shorten(message), ..begun },
     };
     let status = DryRunStatus { completed_at: Some(Time(Timestamp::now())), ..status };
     for _ in 0..RESULT.1 {
         if tell(shared, key, life, Part::DryRun(&status)).await {
-            break;
+            return Outcome::DryRun(Box::new(status));
         }
         sleep(RESULT.0).await;
     }
-    Outcome::DryRun(Box::new(status))
+    // Nobody knows of it: it is run again when somebody can be told.
+    Outcome::DryRun(Box::new(DryRunStatus { phase: DryRunPhase::Waiting, result: None, ..status }))
 }
 
 /// Why there is no result: how it ended, and in words.
@@ -90,13 +98,21 @@ async fn carry_out<L: Locate>(
         Asked::Model(question) => question,
         Asked::Words(_, why) => return Err(refused(why.clone())),
     };
+    let journal = shared.checkpoint().map(super::checkpoint::Checkpoint::settings).ok_or_else(|| {
+        refused("the agent has no place to write down what a dry run borrows of QEMU: start it with --checkpoint".to_owned())
+    })?;
     let target =
         locate(shared, life).await.map_err(|error| failed(error.to_string()))?.map_err(|error| refused(error.to_string()))?;
     let monitor = Monitor::connect(&target.monitor, CONNECT).await.map_err(|error| failed(error.to_string()))?;
-    let journal = shared.checkpoint().map(super::checkpoint::Checkpoint::settings);
+    let pid = target.pid.or(monitor.peer_pid());
+    if pid.is_none() {
+        return Err(refused(
+            "which process the VM's QEMU is cannot be seen, and so not what would have to be put back after a crash".to_owned(),
+        ));
+    }
     let place = shared.locate.meeting(&life.pod_uid).map_err(|error| refused(error.to_string()))?;
     let meeting = place.as_ref().map(super::locate::MeetingPlace::meeting);
-    let plan = Plan { pid: target.pid, journal, meeting, ..plan(&request, question) };
+    let plan = Plan { pid, journal: Some(journal), meeting, ..plan(&request, question) };
 
     let (news, heard) = watch::channel(None);
     let silent = telling(shared, key, life, begun, heard);
@@ -230,7 +246,7 @@ async fn no_longer_wanted<L>(shared: &Arc<Shared<L>>, key: &Key, life: &Life, ta
     }
 }
 
-/// Why a dry run is not wanted by this object. A migration that waits for this very run is no reason.
+/// Why a dry run is not wanted by this object.
 fn why_not(object: &MigrationForecast, life: &Life, task: &Task) -> Option<&'static str> {
     if object.spec.pod_uid != life.pod_uid {
         return Some("the VM has moved");
@@ -244,9 +260,10 @@ fn why_not(object: &MigrationForecast, life: &Life, task: &Task) -> Option<&'sta
         return Some("the question has changed");
     }
     match object.hint() {
-        Some(hint) if hint.phase == HintPhase::Running => Some("the VM is being migrated"),
-        Some(hint) if hint.migration_uid != task.asked.id => Some("a migration of the VM is about to begin"),
-        _ => None,
+        // QEMU has one migration at a time, and nothing holds this one back yet.
+        Some(hint) if hint.phase == HintPhase::Pending => Some("a migration of the VM is about to begin"),
+        Some(_) => Some("the VM is being migrated"),
+        None => None,
     }
 }
 
@@ -292,7 +309,7 @@ mod tests {
             why_not(&object, &life, &task)
         };
         assert_eq!(why(&|_| ()), None);
-        assert_eq!(why(&|object| object.metadata.annotations = Some(told("a", "Pending"))), None, "it waits for this very run");
+        assert!(why(&|object| object.metadata.annotations = Some(told("a", "Pending"))).is_some());
         assert!(why(&|object| object.metadata.annotations = Some(told("a", "Running"))).is_some());
         assert!(why(&|object| object.metadata.annotations = Some(told("b", "Pending"))).is_some());
         assert!(why(&|object| object.spec.dry_run = None).is_some());

@@ -35,12 +35,17 @@ use crate::{
         names::reason,
     },
     collector::{self, CollectError, LookOptions, Observation, Target},
+    dryrun::{self, DryRunError},
     model::{pattern::PatternError, predict::forecast},
-    qemu::qmp::QmpError,
+    qemu::{monitor::Monitor, qmp::QmpError},
     runtime::{client::with_causes, shutdown::Shutdown},
 };
 
 /// Progress is written at most so often.
+/// For a monitor to open.
+const CONNECT: Duration = Duration::from_secs(5);
+/// How long QEMU is still asked when the manager knows of the end already.
+const LATE: Duration = Duration::from_secs(10);
 pub(super) const TELL_EVERY: Duration = Duration::from_secs(1);
 
 /// What every job may use.
@@ -133,6 +138,9 @@ pub(super) async fn look<L: Locate>(shared: &Arc<Shared<L>>, key: &Key, life: &L
 
 async fn observe<L: Locate>(shared: &Arc<Shared<L>>, key: &Key, life: &Life, seed: u64, effort: f64) -> Result<Seen, LookError> {
     let target = locate(shared, life).await.map_err(LookError::Find)??;
+    if let Err(error) = put_back(shared, &target).await {
+        warn!(namespace = key.0, name = key.1, %error, "what a dry run had borrowed is not put back; trying again at the next look");
+    }
     let options = &shared.options.look;
     let look = LookOptions { seed: options.seed.wrapping_add(seed), effort, ..options.clone() };
     let limit = look.duration * 3 + Duration::from_secs(30);
@@ -144,6 +152,17 @@ async fn observe<L: Locate>(shared: &Arc<Shared<L>>, key: &Key, life: &Life, see
     let (at, measured_at) = (Instant::now(), Timestamp::now());
     let pattern = spawn_blocking(move || Observation::pattern(&observation)).await.map_err(LookError::Describe)??;
     Ok(Seen { pattern: Arc::new(pattern), at, measured_at })
+}
+
+/// A dry run of an agent that was killed, or whose monitor was lost, may have left QEMU with its settings: before anything else
+/// they are put back. Without files in the journal there is nothing to ask.
+async fn put_back<L>(shared: &Arc<Shared<L>>, target: &Target) -> Result<(), DryRunError> {
+    let Some(journal) = shared.checkpoint().map(Checkpoint::settings) else { return Ok(()) };
+    if tokio::fs::read_dir(&journal).await.is_err() {
+        return Ok(());
+    }
+    let mut monitor = Monitor::connect(&target.monitor, CONNECT).await?;
+    dryrun::recover(&mut monitor, &journal, target.pid).await.map(drop)
 }
 
 /// Finding a VM asks the kernel and perhaps libvirt: off the async threads.
@@ -263,10 +282,24 @@ pub(super) async fn read_along<L: Locate>(
         read = reading => read,
         // It ends only after the readings have.
         () = async { telling.await; std::future::pending().await } => Ok(None),
+        // A QEMU that never comes to an end is not waited for.
+        () = no_longer_told(shared, key, &migration_uid) => Ok(None),
     };
     let last = read.as_ref().ok().copied().flatten().and_then(|truth| last_migration(&truth, &migration_uid));
     tell(shared, key, life, Part::Migration { in_flight: None, last: last.as_ref().or(before.as_ref()) }).await;
     Outcome::ReadAlong { migration_uid, read: read.map(drop) }
+}
+
+/// Resolves a while after the manager has stopped telling of this migration: the truth may come late.
+async fn no_longer_told<L>(shared: &Arc<Shared<L>>, key: &Key, migration_uid: &str) {
+    let mut questions = shared.questions.clone();
+    let told = |questions: &Questions| {
+        let hint = questions.ours.get(key).and_then(|object| object.hint());
+        hint.is_some_and(|hint| hint.migration_uid == migration_uid)
+    };
+    // An error is the end of the agent, which ends this as well.
+    let _ = questions.wait_for(|questions| !told(questions)).await;
+    sleep(LATE).await;
 }
 
 fn in_flight(reading: &Reading, migration_uid: &str) -> InFlight {

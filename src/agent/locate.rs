@@ -72,9 +72,7 @@ pub trait Locate: Send + Sync + 'static {
     fn locate(&self, pod_uid: &str) -> Result<Target, LocateError>;
 
     /// Where a pod's QEMU and we can meet at a socket, as both see it; `None`: wherever programs of one machine meet.
-    fn meeting(&self, _pod_uid: &str) -> Result<Option<MeetingPlace>, LocateError> {
-        Ok(None)
-    }
+    fn meeting(&self, pod_uid: &str) -> Result<Option<MeetingPlace>, LocateError>;
 }
 
 /// A folder of a pod's, held open: the pod may put a link in its place meanwhile.
@@ -113,6 +111,10 @@ impl Locate for SocketDirectory {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Err(LocateError::NoSocket { path }),
             Err(source) => Err(LocateError::Io { path, source }),
         }
+    }
+
+    fn meeting(&self, _pod_uid: &str) -> Result<Option<MeetingPlace>, LocateError> {
+        Ok(None)
     }
 }
 

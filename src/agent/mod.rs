@@ -114,14 +114,15 @@ pub async fn run(
     let agent = Agent { shared, metrics, questions, vms: BTreeMap::new(), running, budget, looks: 0, tidied: false };
     tokio::select! {
         ended = agent.work(&shutdown) => ended,
-        () = watching => if shutdown.is_ending() { Ok(()) } else { Err(AgentError::WatchEnded) },
+        // At the end the watch ends first; jobs get the time that they need.
+        () = async { watching.await; if shutdown.is_ending() { std::future::pending().await } } => Err(AgentError::WatchEnded),
     }
 }
 
 /// So many answers are written at a time: an API server that is slow for one of them should not hold up all.
 const WRITES: usize = 4;
 /// At the end dry runs get this long to leave their VMs as they found them.
-const ENDING: Duration = Duration::from_secs(5);
+const ENDING: Duration = Duration::from_secs(25);
 
 /// The jobs that are under way.
 #[derive(Default)]
@@ -296,12 +297,15 @@ impl<L: Locate> Agent<L> {
             Ok(outcome) => outcome,
             Err(error) => {
                 warn!(namespace, name, ?job, %error, "a job broke off: this is a defect of migvisor, please report it");
-                return vm.failed(reason::NOT_MEASURED, format!("the agent's job broke off ({error})"), now, spread(0.8, 1.2));
+                return vm.broke_off(job, &format!("the agent's job broke off ({error})"), now, spread(0.8, 1.2));
             }
         };
         match outcome {
             Outcome::Looked { looked, took, cost, effort } => {
-                self.budget.looked(cost, effort);
+                // Beside a dry run nobody can tell whose time it was.
+                if self.running.count(Job::DryRun) == 0 {
+                    self.budget.looked(cost, effort);
+                }
                 self.metrics.looks.with_label_values(&[looked.as_ref().map_or_else(LookError::result, |_| "ok")]).inc();
                 match looked {
                     Ok(seen) => {
@@ -309,7 +313,10 @@ impl<L: Locate> Agent<L> {
                         info!(namespace, name, ?took, effort, "looked");
                         // Always a little early, never late: the answer has to stay fresh.
                         vm.looked(seen, self.shared.options.refresh.mul_f64(spread(0.9, 1.0)));
-                        jobs::keep(&self.shared, &life.pod_uid, vm.epochs().to_vec());
+                        // What a paused guest did not write says nothing of it once it runs.
+                        if !vm.is_paused() {
+                            jobs::keep(&self.shared, &life.pod_uid, vm.epochs().to_vec());
+                        }
                     }
                     Err(LookError::GivenUp) => debug!(namespace, name, "the question went away while looking"),
                     Err(error) => {

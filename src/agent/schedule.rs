@@ -115,7 +115,8 @@ impl<K> Case<K> {
             _ => None,
         };
         let may_measure = self.measurable && idle && self.migrating.is_none();
-        let dry_run = self.dry_run_wanted.filter(|_| may_measure && room.dry_run);
+        // Where nothing can be measured, it says why not.
+        let dry_run = self.dry_run_wanted.filter(|_| idle && self.migrating.is_none() && room.dry_run);
         let dry_run = dry_run.map(|at| Due { job: Job::DryRun, at, headstart: 1 });
         let look = (may_measure && room.look).then(|| self.look(can_answer, room));
         [write, answer, along, dry_run, look].into_iter().flatten()

@@ -22,6 +22,7 @@ use crate::{
         fingerprint::QuestionRef,
         forecast::FRESH,
         migration::{Hint, HintPhase},
+        names::reason,
     },
     model::{
         forecast::{HostConstants, Verdict},
@@ -163,6 +164,7 @@ impl Vm {
                 // What a paused guest does not write says nothing of what it writes when it runs, and the reverse.
                 self.paused = object.spec.paused;
                 self.seen = None;
+                self.epochs.clear();
                 self.refresh_due = now;
             }
         }
@@ -223,13 +225,10 @@ impl Vm {
 
     /// The dry run that is asked for and has not come to its end: the same id is the same run.
     pub fn dry_run_wanted(&self) -> Option<(&DryRun, Instant)> {
-        // A migration that does not wait for this run will want the VM for itself.
-        let others = |id: &str| self.hint.as_ref().is_some_and(|(hint, _)| hint.migration_uid != id);
+        // A migration will want the VM for itself.
+        let free = self.hint.is_none();
         let ended = |id: &str| self.dry_run.as_ref().is_some_and(|run| run.id == id && run.phase.is_final());
-        self.dry_run_asked
-            .as_ref()
-            .filter(|(asked, _)| !ended(&asked.id) && !others(&asked.id))
-            .map(|(asked, since)| (asked, *since))
+        self.dry_run_asked.as_ref().filter(|(asked, _)| free && !ended(&asked.id)).map(|(asked, since)| (asked, *since))
     }
 
     /// The last dry run.
@@ -239,10 +238,27 @@ impl Vm {
 
     /// A dry run came to its end: where it answers the question, the answer is made anew.
     pub fn dry_run_ended(&mut self, status: DryRunStatus, now: Instant) {
+        if status.phase == DryRunPhase::Failed {
+            // It may have left something behind, which is put back before the next look.
+            self.refresh_due = now;
+        }
         if status.phase == DryRunPhase::Done {
             self.wanted_since = self.wanted_since.or(Some(now));
         }
         self.dry_run = Some(status);
+    }
+
+    /// A job panicked: whatever it was, it is not begun again at once.
+    pub fn broke_off(&mut self, job: Job, message: &str, now: Instant, spread: f64) {
+        match job {
+            Job::Look | Job::Answer => self.failed(reason::NOT_MEASURED, message.to_owned(), now, spread),
+            Job::Write => self.write_failed(now, spread),
+            Job::Along => self.read_along = self.hint.as_ref().map(|(hint, _)| hint.migration_uid.clone()),
+            Job::DryRun => {
+                let id = self.dry_run_asked.as_ref().map(|(asked, _)| asked.id.clone()).unwrap_or_default();
+                self.dry_run = Some(DryRunStatus::new(&id, &self.question.fingerprint, DryRunPhase::Failed, message));
+            }
+        }
     }
 
     /// A migration was read along to its end, or cannot be.
@@ -264,6 +280,11 @@ impl Vm {
         self.jobs.contains(&job)
     }
 
+    /// The guest is paused.
+    pub fn is_paused(&self) -> bool {
+        self.paused
+    }
+
     /// The last patterns, oldest first.
     pub fn epochs(&self) -> &[Epoch] {
         &self.epochs
@@ -271,6 +292,9 @@ impl Vm {
 
     /// Takes up what an earlier life of this agent kept: an answer can be made from it while it is fresh.
     pub fn remember(&mut self, epochs: Vec<Epoch>, now: Instant, wall: Timestamp, refresh: Duration) {
+        if self.paused {
+            return;
+        }
         if let Some(newest) = epochs.last().filter(|_| self.seen.is_none()) {
             let age = Duration::try_from(wall.duration_since(newest.measured_at)).ok();
             if let Some((age, at)) = age.filter(|age| *age < FRESH).and_then(|age| Some((age, now.checked_sub(age)?))) {
@@ -315,6 +339,9 @@ impl Vm {
     pub fn looked(&mut self, seen: Seen, refresh: Duration) {
         self.refresh_due = seen.at + refresh;
         self.wanted_since = self.wanted_since.or(Some(seen.at));
+        if self.paused {
+            self.epochs.clear();
+        }
         self.epochs.push(Epoch { measured_at: seen.measured_at, pattern: seen.pattern.clone() });
         let too_many = self.epochs.len().saturating_sub(EPOCHS);
         self.epochs.drain(..too_many);

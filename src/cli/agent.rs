@@ -8,7 +8,7 @@ use crate::{
     agent::{
         self, Options,
         checkpoint::{Checkpoint, CheckpointError},
-        locate::{Locate, LocateError, PodsDirectory, SocketDirectory},
+        locate::{Locate, LocateError, MeetingPlace, PodsDirectory, SocketDirectory},
     },
     api::scalar::Duration,
     collector::{LookOptions, SourceKind, Target},
@@ -184,6 +184,13 @@ impl Locate for Vms {
         match self {
             Self::Pods(pods) => pods.locate(pod_uid),
             Self::Sockets(sockets) => sockets.locate(pod_uid),
+        }
+    }
+
+    fn meeting(&self, pod_uid: &str) -> Result<Option<MeetingPlace>, LocateError> {
+        match self {
+            Self::Pods(pods) => pods.meeting(pod_uid),
+            Self::Sockets(sockets) => sockets.meeting(pod_uid),
         }
     }
 }

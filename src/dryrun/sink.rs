@@ -9,13 +9,13 @@
 
 use std::{
     collections::VecDeque,
-    fs,
+    fs::{self, File},
     hash::{BuildHasher, Hasher, RandomState},
     io::{self, Read},
     os::{
-        fd::{AsFd, BorrowedFd, OwnedFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         unix::{
-            fs::PermissionsExt,
+            fs::{FileTypeExt, OpenOptionsExt, PermissionsExt},
             net::{UnixListener, UnixStream},
         },
     },
@@ -30,6 +30,7 @@ use std::{
 
 use nix::{
     errno::Errno,
+    fcntl::OFlag,
     poll::{PollFd, PollFlags, PollTimeout, poll, ppoll},
     sys::{
         socket::{getsockopt, sockopt::PeerCredentials},
@@ -88,6 +89,16 @@ struct Arrival {
     before: u64,
 }
 
+/// QEMU may be another user; whoever else comes is turned away. The folder may be a hostile pod's, which puts something else in the
+/// place of the socket meanwhile: what is opened without following a link, and is a socket, is what is changed.
+fn let_everybody_in(socket: &Path) -> io::Result<()> {
+    let held = File::options().read(true).custom_flags((OFlag::O_PATH | OFlag::O_NOFOLLOW).bits()).open(socket)?;
+    if !held.metadata()?.file_type().is_socket() {
+        return Err(io::Error::other("somebody put something else in the place of our socket"));
+    }
+    fs::set_permissions(format!("/proc/self/fd/{}", held.as_raw_fd()), fs::Permissions::from_mode(0o666))
+}
+
 /// Where a listener is: the same folder, as two mount namespaces see it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Meeting {
@@ -115,9 +126,7 @@ impl Sink {
         let name = format!("migvisor-dry-run-{:016x}", RandomState::new().build_hasher().finish());
         let socket = meeting.ours.join(&name);
         let listener = UnixListener::bind(&socket)?;
-        // QEMU may be another user. Nobody else knows the name, and whoever guesses it is turned away.
-        let opened =
-            fs::set_permissions(&socket, fs::Permissions::from_mode(0o666)).and_then(|()| listener.set_nonblocking(true));
+        let opened = let_everybody_in(&socket).and_then(|()| listener.set_nonblocking(true));
         let listener = Some(Listener { socket: listener, free: connections, peer });
         match opened.and_then(|()| Self::start(rate, Lines { streams: vec![], listener })) {
             Ok(mut sink) => {
