@@ -181,6 +181,10 @@ impl Borrowed {
                 return Ok(());
             }
         }
+        // Ours has ended. Where one is under way again, somebody was quicker than we, and QEMU lets nobody change capabilities meanwhile.
+        if migration::query(monitor).await?.status.is_some_and(migration::MigrationStatus::is_active) {
+            return Err(DryRunError::Foreign { unrestored: format!("; before the dry run it was: {left}") });
+        }
         Err(DryRunError::NotRestored { left: left.to_string(), why, before: None })
     }
 
