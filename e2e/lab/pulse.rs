@@ -5,8 +5,12 @@ use std::{fs::File, os::unix::fs::FileExt, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use migvisor::qemu::ram::guest_ram;
+use tokio::time::{Instant, sleep};
 
 use super::Vm;
+
+/// From a guest's word that it is ready to its first writes.
+const BEGINNING: Duration = Duration::from_secs(5);
 
 /// Where the guest keeps its account: the page before its data (`struct pulse` in guest.c).
 #[derive(Debug)]
@@ -23,7 +27,12 @@ impl Pulse {
         let block = ram.blocks.first().context("a VM without memory")?;
         let memory = File::options().read(true).write(true).open(format!("/proc/{}/mem", vm.pid()))?;
         let pulse = Self { memory, address: block.host_address + (page << 12) };
-        ensure!(pulse.per_ms()? > 0, "the guest keeps no account: it writes nothing");
+        // A guest says that it is ready a moment before it begins to write.
+        let deadline = Instant::now() + BEGINNING;
+        while pulse.per_ms()? == 0 {
+            ensure!(Instant::now() < deadline, "the guest keeps no account: it writes nothing");
+            sleep(Duration::from_millis(5)).await;
+        }
         Ok(pulse)
     }
 
