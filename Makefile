@@ -27,7 +27,7 @@ test: kvm setup check build ## Run all checks and all tests (without /dev/kvm: A
 	cargo test --workspace --locked --no-fail-fast
 
 .PHONY: soak
-soak: kvm setup build ## Prove in full that a dry run never stops its guest: 200 runs, 10 kills (12 minutes)
+soak: kvm setup build ## Prove in full that a dry run never stops its guest: 200 runs, 10 kills (15 to 25 minutes)
 	@exec $(TARGET)/debug/soak
 
 .PHONY: check

@@ -28,7 +28,7 @@ async fn main() -> Result<()> {
         .await
     }
     .await;
-    println!("{summary}");
     done?;
+    println!("{summary}");
     summary.check()
 }
