@@ -48,9 +48,9 @@ pub struct Summary {
 
 impl Summary {
     /// Did the guest ever wait longer than it may?
-    pub fn check(&self) -> Result<()> {
+    pub fn check(&self, tolerated: Duration) -> Result<()> {
         let longest = |pauses: &[Duration]| pauses.iter().max().copied().unwrap_or_default();
-        let most = longest(&self.undisturbed) + TOLERATED;
+        let most = longest(&self.undisturbed) + tolerated;
         for (what, pauses) in [("dry runs", &self.pauses), ("kills", &self.pauses_killed)] {
             ensure!(
                 longest(pauses) <= most,
