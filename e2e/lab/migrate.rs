@@ -4,7 +4,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use migvisor::{
-    model::units::{Bandwidth, Bytes, BytesPerSecond},
+    model::{
+        forecast::{CostWeights, HostConstants, Question, Sla},
+        units::{Bandwidth, Bytes, BytesPerSecond},
+    },
     qemu::migration::{self, Limits, MigrationInfo, MigrationStatus},
 };
 use tokio::time::{Instant, sleep};
@@ -40,6 +43,18 @@ impl Settings {
             downtime_limit: Duration::from_millis(300),
             time_budget: Duration::from_secs(60),
             link: None,
+        }
+    }
+
+    /// What a forecast of such a migration is asked, on this host.
+    pub fn question(&self, host: HostConstants) -> Question {
+        Question {
+            bandwidth: self.bandwidth,
+            downtime_limit: self.downtime_limit,
+            time_budget: Some(self.time_budget),
+            host: HostConstants { line_rate: self.link.unwrap_or(host.line_rate), ..host },
+            sla: Sla::default(),
+            weights: CostWeights::default(),
         }
     }
 }

@@ -7,6 +7,7 @@
 //! | [`cgroup`] | a pod's cgroup, as the kubelet would make it |
 //! | [`vm`] | starts and ends a QEMU with it, as a source or as the target of a migration |
 //! | [`mod@migrate`] | moves a guest for real and reads the truth |
+//! | [`under`] | the settings that accuracy is tested under, in short |
 //! | [`pulse`] | the longest pause in a guest's writing, as the guest itself saw it |
 //! | [`link`] | a line of a given rate between two QEMUs |
 //! | [`host`] | measures this host's constants |
@@ -21,10 +22,12 @@ pub mod link;
 pub mod migrate;
 pub mod pulse;
 mod qemu;
+pub mod under;
 pub mod vm;
 
 pub use guest::{GuestSpec, Writes};
 pub use libvirt::{DomainSpec, Launcher};
 pub use migrate::{Outcome, Settings, Truth, migrate};
 pub use pulse::Pulse;
+pub use under::Under;
 pub use vm::{Vm, VmSpec};

@@ -10,13 +10,17 @@ use std::time::Duration;
 use migvisor::{
     collector::{LookOptions, Seen, Target, observe},
     model::{
-        forecast::{CostWeights, Forecast, HostConstants, Question, Sla, Verdict},
+        forecast::{Forecast, HostConstants, Verdict},
         pattern::Pattern,
         predict::forecast,
         units::BytesPerSecond,
     },
 };
-use migvisor_e2e::lab::{GuestSpec, Outcome, Settings, Truth, Vm, VmSpec, Writes, host, migrate};
+use migvisor_e2e::lab::{
+    GuestSpec, Outcome, Truth,
+    Under::{self, Cap, Link},
+    Vm, VmSpec, Writes, host, migrate,
+};
 
 /// A failing case takes as long as its budget: 20 s per decimal GB, as some distributions ship.
 const BUDGET: Duration = Duration::from_secs(20);
@@ -27,39 +31,6 @@ const SHORT_MS: f64 = 3000.0;
 
 /// Two tests at once would measure each other.
 static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
-
-/// One setting of one guest.
-#[derive(Debug, Clone, Copy, PartialEq)]
-enum Under {
-    /// MiB/s, downtime limit in ms.
-    Cap(u64, u64),
-    /// No cap, over a line of so many MiB/s.
-    Link(u64),
-}
-use Under::{Cap, Link};
-
-impl Under {
-    fn settings(self) -> Settings {
-        match self {
-            Cap(mib, limit) => {
-                Settings { downtime_limit: Duration::from_millis(limit), time_budget: BUDGET, ..Settings::capped(mib) }
-            }
-            Link(mib) => Settings { link: Some(BytesPerSecond(mib << 20)), time_budget: BUDGET, ..Settings::uncapped() },
-        }
-    }
-
-    fn question(self, host: HostConstants) -> Question {
-        let settings = self.settings();
-        Question {
-            bandwidth: settings.bandwidth,
-            downtime_limit: settings.downtime_limit,
-            time_budget: Some(settings.time_budget),
-            host: HostConstants { line_rate: settings.link.unwrap_or(host.line_rate), ..host },
-            sla: Sla::default(),
-            weights: CostWeights::default(),
-        }
-    }
-}
 
 async fn look(vm: &Vm) -> Pattern {
     let target = Target { monitor: vm.qmp().to_owned().into(), pid: None };
@@ -118,18 +89,19 @@ impl Case {
 }
 
 /// Looks once, then migrates under each setting in turn. A failing setting leaves the guest where it is.
-async fn run(name: &str, guest: GuestSpec, memory_mib: u32, host: HostConstants, settings: &[Under]) -> Vec<Case> {
+async fn run(name: &str, guest: GuestSpec, memory_mib: u32, host: HostConstants, under: &[Under]) -> Vec<Case> {
     let spec = VmSpec::new(guest).memory_mib(memory_mib);
     let mut source = Vm::start(spec.clone()).await.unwrap();
     let pattern = look(&source).await;
     let mut cases = vec![];
-    for &under in settings {
-        let forecast = forecast(&pattern, &under.question(host));
+    for &under in under {
+        let settings = under.settings(BUDGET);
+        let forecast = forecast(&pattern, &settings.question(host));
         let repeats = if forecast.total_ms < SHORT_MS { REPEATS } else { 1 };
         let mut truths = vec![];
         for _ in 0..repeats {
             let mut target = Vm::incoming(spec.clone()).await.unwrap();
-            let truth = migrate(&mut source, &mut target, under.settings()).await.unwrap();
+            let truth = migrate(&mut source, &mut target, settings).await.unwrap();
             if truth.status == Outcome::Completed {
                 source = target;
             }

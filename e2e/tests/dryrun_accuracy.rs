@@ -5,13 +5,14 @@ use std::time::Duration;
 
 use migvisor::{
     dryrun::Plan,
-    model::{
-        forecast::{CostWeights, HostConstants, Question, Sla, Verdict},
-        units::BytesPerSecond,
-    },
+    model::forecast::{HostConstants, Verdict},
 };
 use migvisor_e2e::{
-    lab::{GuestSpec, Outcome, Settings, Truth, Vm, VmSpec, host, migrate},
+    lab::{
+        GuestSpec, Outcome, Settings, Truth,
+        Under::{self, Cap, Link},
+        Vm, VmSpec, host, migrate,
+    },
     soak::dry_run,
 };
 
@@ -24,40 +25,9 @@ const REPEATS_LONG: usize = 3;
 /// Migrations of more than so many ms are long.
 const LONG_MS: f64 = 3000.0;
 
-/// One setting of one guest: a cap in MiB/s and a limit in ms, or no cap over a line of so many MiB/s.
-#[derive(Debug, Clone, Copy, PartialEq)]
-enum Under {
-    Cap(u64, u64),
-    Link(u64),
-}
-use Under::{Cap, Link};
-
-impl Under {
-    fn settings(self) -> Settings {
-        match self {
-            Cap(mib, limit) => {
-                Settings { downtime_limit: Duration::from_millis(limit), time_budget: BUDGET, ..Settings::capped(mib) }
-            }
-            Link(mib) => Settings { link: Some(BytesPerSecond(mib << 20)), time_budget: BUDGET, ..Settings::uncapped() },
-        }
-    }
-
-    fn plan(self) -> Plan {
-        let Settings { bandwidth, downtime_limit, time_budget, link } = self.settings();
-        Plan { link, downtime_limits: vec![downtime_limit], time_budget: Some(time_budget), ..Plan::new(bandwidth) }
-    }
-
-    fn question(self, host: HostConstants) -> Question {
-        let Settings { bandwidth, downtime_limit, time_budget, link } = self.settings();
-        Question {
-            bandwidth,
-            downtime_limit,
-            time_budget: Some(time_budget),
-            host: HostConstants { line_rate: link.unwrap_or(host.line_rate), ..host },
-            sla: Sla::default(),
-            weights: CostWeights::default(),
-        }
-    }
+fn plan(settings: &Settings) -> Plan {
+    let &Settings { bandwidth, downtime_limit, time_budget, link } = settings;
+    Plan { link, downtime_limits: vec![downtime_limit], time_budget: Some(time_budget), ..Plan::new(bandwidth) }
 }
 
 fn median(mut values: Vec<f64>) -> f64 {
@@ -66,18 +36,19 @@ fn median(mut values: Vec<f64>) -> f64 {
 }
 
 /// The error of the median total time; `None` where both fail.
-async fn side_by_side(name: &str, guest: GuestSpec, host: HostConstants, settings: &[Under]) -> Vec<(String, f64)> {
+async fn side_by_side(name: &str, guest: GuestSpec, host: HostConstants, under: &[Under]) -> Vec<(String, f64)> {
     let spec = VmSpec::new(guest);
     let mut source = Vm::start(spec.clone()).await.unwrap();
     let mut errors = vec![];
-    for &under in settings {
+    for &under in under {
+        let settings = under.settings(BUDGET);
         let (mut forecasts, mut truths): (Vec<_>, Vec<Truth>) = (vec![], vec![]);
         // In turn, so that what else the machine does meets both.
         for _ in 0..REPEATS {
-            let report = dry_run(&source, &under.plan()).await.unwrap();
-            forecasts.push(report.forecast(&under.question(host)).unwrap());
+            let report = dry_run(&source, &plan(&settings)).await.unwrap();
+            forecasts.push(report.forecast(&settings.question(host)).unwrap());
             let mut target = Vm::incoming(spec.clone()).await.unwrap();
-            let truth = migrate(&mut source, &mut target, under.settings()).await.unwrap();
+            let truth = migrate(&mut source, &mut target, settings).await.unwrap();
             if truth.status == Outcome::Completed {
                 source = target;
             }

@@ -11,10 +11,11 @@ use std::{
 
 use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
 use tokio::{sync::watch, time::sleep};
+use tracing::info;
 
 use super::{
     answer::Asked,
-    jobs::{Outcome, Shared, TELL_EVERY, locate, tell},
+    jobs::{CONNECT, Outcome, Shared, TELL_EVERY, locate, tell},
     locate::Locate,
     publish::Part,
     vm::{Key, Life},
@@ -31,8 +32,6 @@ use crate::{
     qemu::monitor::Monitor,
 };
 
-/// For the monitor to open.
-const CONNECT: Duration = Duration::from_secs(5);
 /// An API server that takes no progress for so long may have told us to stop, and we would not know.
 const SILENCE: Duration = Duration::from_secs(60);
 /// Between two attempts to write the result, and for how long it is tried: it took minutes to get.
@@ -48,27 +47,23 @@ pub(super) struct Task {
 /// Carries it out and writes what came of it.
 pub(super) async fn dry_run<L: Locate>(shared: &Arc<Shared<L>>, key: &Key, life: &Life, task: Task) -> Outcome {
     let begun = DryRunStatus {
-        id: task.asked.id.clone(),
-        question: Some(task.fingerprint.clone()),
-        phase: DryRunPhase::Running,
-        message: String::new(),
         started_at: Some(Time(Timestamp::now())),
-        completed_at: None,
-        iteration: None,
-        remaining_bytes: None,
-        bytes_per_second: None,
-        result: None,
+        ..DryRunStatus::new(&task.asked.id, &task.fingerprint, DryRunPhase::Running, "")
     };
     let status = match carry_out(shared, key, life, &task, &begun).await {
         Ok(status) => status,
         // It is still asked for: the next agent begins anew.
-        Err(_) if shared.shutdown.is_ending() => {
-            let message = "The agent of the node was ended; the next one begins anew.".to_owned();
-            let status = DryRunStatus { phase: DryRunPhase::Waiting, message, started_at: None, ..begun };
+        Err((phase, why)) if shared.shutdown.is_ending() => {
+            info!(namespace = key.0, name = key.1, ?phase, why, "a dry run ends with the agent");
+            let message = "The agent of the node was ended; the next one begins anew.";
+            let status = DryRunStatus::new(&task.asked.id, &task.fingerprint, DryRunPhase::Waiting, message);
             tell(shared, key, life, Part::DryRun(&status)).await;
             return Outcome::DryRun(Box::new(status));
         }
-        Err((phase, message)) => DryRunStatus { phase, message: shorten(message), ..begun },
+        Err((phase, message)) => DryRunStatus {
+            started_at: begun.started_at.clone(),
+            ..DryRunStatus::new(&task.asked.id, &task.fingerprint, phase, message)
+        },
     };
     let status = DryRunStatus { completed_at: Some(Time(Timestamp::now())), ..status };
     for _ in 0..RESULT.1 {
@@ -267,12 +262,6 @@ fn why_not(object: &MigrationForecast, life: &Life, task: &Task) -> Option<&'sta
     }
 }
 
-/// What a status has room for.
-fn shorten(message: String) -> String {
-    const ROOM: usize = 1000;
-    if message.len() <= ROOM { message } else { message.chars().take(ROOM / 4).chain("…".chars()).collect() }
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
@@ -316,11 +305,5 @@ mod tests {
         assert!(why(&|object| object.spec.dry_run.as_mut().unwrap().id = "b".into()).is_some());
         assert!(why(&|object| object.spec.pod_uid = "other".into()).is_some());
         assert!(why(&|object| object.spec.bandwidth = scalar::Quantity("1Gi".into())).is_some());
-    }
-
-    #[test]
-    fn words_are_shortened_between_characters() {
-        assert_eq!(shorten("é".repeat(400)).chars().count(), 400);
-        assert!(shorten("é".repeat(4000)).len() <= 1000);
     }
 }

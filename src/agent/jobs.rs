@@ -3,6 +3,7 @@
 //! In: copies of what a job needs. Out: an [`Outcome`], which [`super::Agent`] books. A job that is dropped ends what it began.
 
 use std::{
+    collections::BTreeSet,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -20,7 +21,7 @@ use super::{
     Options,
     along::{self, Reading, Truth},
     answer::{self, Asked},
-    checkpoint::{Checkpoint, Epoch},
+    checkpoint::{Checkpoint, CheckpointError, Epoch},
     locate::{Locate, LocateError},
     publish::{Part, PublishError, Written, publish},
     vm::{Key, Life, Seen, Vm},
@@ -42,11 +43,11 @@ use crate::{
 };
 
 /// Progress is written at most so often.
+pub(super) const TELL_EVERY: Duration = Duration::from_secs(1);
 /// For a monitor to open.
-const CONNECT: Duration = Duration::from_secs(5);
+pub(super) const CONNECT: Duration = Duration::from_secs(5);
 /// How long QEMU is still asked when the manager knows of the end already.
 const LATE: Duration = Duration::from_secs(10);
-pub(super) const TELL_EVERY: Duration = Duration::from_secs(1);
 
 /// What every job may use.
 pub(super) struct Shared<L> {
@@ -85,6 +86,7 @@ pub(super) enum Outcome {
         read: Result<(), AlongError>,
     },
     DryRun(Box<DryRunStatus>),
+    Recalled(Result<Vec<Epoch>, CheckpointError>),
 }
 
 /// Why a look gave nothing.
@@ -158,7 +160,9 @@ async fn observe<L: Locate>(shared: &Arc<Shared<L>>, key: &Key, life: &Life, see
 /// they are put back. Without files in the journal there is nothing to ask.
 async fn put_back<L>(shared: &Arc<Shared<L>>, target: &Target) -> Result<(), DryRunError> {
     let Some(journal) = shared.checkpoint().map(Checkpoint::settings) else { return Ok(()) };
-    if tokio::fs::read_dir(&journal).await.is_err() {
+    // No folder, or an empty one: the rule.
+    let Ok(mut files) = tokio::fs::read_dir(&journal).await else { return Ok(()) };
+    if !matches!(files.next_entry().await, Ok(Some(_))) {
         return Ok(());
     }
     let mut monitor = Monitor::connect(&target.monitor, CONNECT).await?;
@@ -338,6 +342,25 @@ pub(super) async fn tell<L>(shared: &Arc<Shared<L>>, key: &Key, life: &Life, par
         debug!(namespace = key.0, name = key.1, error = with_causes(error), "progress was not written");
     }
     told.is_ok()
+}
+
+/// Reads what an earlier life of this agent kept of a pod's VM.
+pub(super) async fn recall<L: Locate>(shared: &Arc<Shared<L>>, life: &Life) -> Outcome {
+    let Some(checkpoint) = shared.checkpoint().cloned() else { return Outcome::Recalled(Ok(vec![])) };
+    let pod_uid = life.pod_uid.clone();
+    // A job that is dropped or panics has nothing to recall.
+    Outcome::Recalled(spawn_blocking(move || checkpoint.load(&pod_uid)).await.unwrap_or_else(|_| Ok(vec![])))
+}
+
+/// Rids the checkpoint of pods that are not among these.
+pub(super) fn tidy<L>(shared: &Arc<Shared<L>>, here: BTreeSet<String>) {
+    if let Some(checkpoint) = shared.checkpoint().cloned() {
+        spawn_blocking(move || {
+            if let Err(error) = checkpoint.keep_only(|uid| here.contains(uid)) {
+                warn!(%error, "the checkpoint is not tidied up");
+            }
+        });
+    }
 }
 
 /// Keeps what is known of a pod's VM on disk. A courtesy: a failure is said, and nothing waits for it.

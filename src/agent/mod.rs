@@ -200,27 +200,18 @@ impl<L: Locate> Agent<L> {
     fn take_up(&mut self) {
         let (now, wall) = (Instant::now(), Timestamp::now());
         let Options { host, refresh, .. } = &self.shared.options;
-        let checkpoint = self.shared.checkpoint();
         let questions = self.questions.borrow_and_update();
         self.vms.retain(|key, _| questions.ours.contains_key(key));
         for (key, object) in &questions.ours {
-            let anew = match self.vms.get_mut(key) {
-                Some(vm) => vm.update(object, host, now, wall, *refresh),
-                None => self.vms.insert(key.clone(), Vm::new(object, host, now, wall, *refresh)).is_none(),
-            };
-            if let (true, Some(vm), Some(checkpoint)) = (anew, self.vms.get_mut(key), checkpoint) {
-                match checkpoint.load(&object.spec.pod_uid) {
-                    Ok(epochs) => vm.remember(epochs, now, wall, *refresh),
-                    Err(error) => warn!(%error, "a checkpoint is of no use"),
-                }
+            if let Some(vm) = self.vms.get_mut(key) {
+                vm.update(object, host, now, wall, *refresh);
+            } else {
+                self.vms.insert(key.clone(), Vm::new(object, host, now, wall, *refresh));
             }
         }
-        if let (Some(checkpoint), true, false) = (checkpoint, questions.synced, self.tidied) {
+        if questions.synced && !self.tidied {
             self.tidied = true;
-            let here = |uid: &str| questions.ours.values().any(|object| object.spec.pod_uid == uid);
-            if let Err(error) = checkpoint.keep_only(here) {
-                warn!(%error, "the checkpoint is not tidied up");
-            }
+            jobs::tidy(&self.shared, questions.ours.values().map(|object| object.spec.pod_uid.clone()).collect());
         }
         self.budget.used(cpu_used(), now);
         self.metrics.show(&questions, &self.vms, now);
@@ -253,6 +244,7 @@ impl<L: Locate> Agent<L> {
         let (k, l) = (key.clone(), life.clone());
         vm.begun(job);
         match job {
+            Job::Recall => self.running.begin(key, life, job, async move { jobs::recall(&shared, &l).await }),
             Job::Look => {
                 self.looks = self.looks.wrapping_add(1);
                 // Other pages each time: what one draw of samples misses, the next one sees.
@@ -354,6 +346,13 @@ impl<L: Locate> Agent<L> {
                 }
                 // Once, whatever came of it: what is gone does not come back.
                 vm.read_along_to_its_end(migration_uid);
+            }
+            Outcome::Recalled(kept) => {
+                let epochs = kept.unwrap_or_else(|error| {
+                    warn!(namespace, name, %error, "a checkpoint is of no use");
+                    vec![]
+                });
+                vm.remember(epochs, now, Timestamp::now(), self.shared.options.refresh);
             }
             Outcome::DryRun(status) => {
                 info!(namespace, name, id = status.id, phase = ?status.phase, message = status.message, "dry run");

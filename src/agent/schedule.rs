@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 /// Something to do for one VM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Job {
+    /// Read what an earlier life of the agent kept.
+    Recall,
     /// Write an answer that is ready.
     Write,
     /// Answer from what is known, without looking.
@@ -77,6 +79,8 @@ pub struct Case<K> {
     pub write_due: Option<Instant>,
     /// A migration of it waits to begin: it goes before the others, and the CPU budget does not hold it back.
     pub pressing: bool,
+    /// What was kept of it has not been read yet: it may spare a look.
+    pub recall: bool,
     /// A job speaks to its QEMU already.
     pub engaged: bool,
     /// It is being migrated: nothing is measured, and somebody should read along.
@@ -114,12 +118,13 @@ impl<K> Case<K> {
             Some(Moving::Unread(at)) if idle => Some(Due { job: Job::Along, at, headstart: 3 }),
             _ => None,
         };
-        let may_measure = self.measurable && idle && self.migrating.is_none();
+        let may_measure = self.measurable && idle && !self.recall && self.migrating.is_none();
+        let recall = self.recall.then_some(Due { job: Job::Recall, at: now, headstart: 4 });
         // Where nothing can be measured, it says why not.
         let dry_run = self.dry_run_wanted.filter(|_| idle && self.migrating.is_none() && room.dry_run);
         let dry_run = dry_run.map(|at| Due { job: Job::DryRun, at, headstart: 1 });
         let look = (may_measure && room.look).then(|| self.look(can_answer, room));
-        [write, answer, along, dry_run, look].into_iter().flatten()
+        [recall, write, answer, along, dry_run, look].into_iter().flatten()
     }
 
     fn look(&self, can_answer: bool, room: &Room) -> Due {

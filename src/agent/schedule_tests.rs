@@ -34,6 +34,7 @@ fn blank<K: Clone>(key: K) -> Case<K> {
         look_after: None,
         write_due: None,
         pressing: false,
+        recall: false,
         engaged: false,
         migrating: None,
         dry_run_wanted: None,
@@ -120,11 +121,13 @@ fn a_qemu_is_spoken_to_by_one_job_and_never_measured_while_it_migrates() {
                 Job::Look => case.refresh_due = now + s(300),
                 Job::Along => case.migrating = Some(Moving::Read),
                 Job::Answer => case.wanted_since = None,
+                Job::Recall => case.recall = false,
             }
         }
         seen
     };
     assert_eq!(jobs(&due), [Job::Write, Job::DryRun, Job::Look]);
+    assert_eq!(jobs(&Case { recall: true, ..due.clone() }), [Job::Write, Job::DryRun, Job::Recall, Job::Look]);
     assert_eq!(jobs(&Case { engaged: true, ..due.clone() }), [Job::Write]);
     assert_eq!(jobs(&Case { migrating: Some(Moving::Unread(start)), ..due.clone() }), [Job::Write, Job::Along]);
     // Somebody asks while it migrates: what is known is said, and nothing is measured.
@@ -177,7 +180,7 @@ proptest! {
                 prop_assert!(until > now);
                 prop_assert!(!matches!(next(&cases, until, REFRESH), Next::Later(_) | Next::Never));
             }
-            Next::Now(_, Job::Along | Job::DryRun) => prop_assert!(false, "nobody asked for it"),
+            Next::Now(_, Job::Recall | Job::Along | Job::DryRun) => prop_assert!(false, "nobody asked for it"),
             Next::Never => prop_assert!(cases.iter().all(|case| !case.measurable)),
         }
     }
@@ -233,7 +236,7 @@ proptest! {
                     cases[key].wanted_since = None;
                     now += Duration::from_millis(200);
                 }
-                Next::Now(_, Job::Write | Job::Along | Job::DryRun) => unreachable!("nobody asked for it"),
+                Next::Now(_, Job::Recall | Job::Write | Job::Along | Job::DryRun) => unreachable!("nobody asked for it"),
                 Next::Later(until) => now = until.min(change_at.max(now + s(1))),
                 Next::Never => break,
             }

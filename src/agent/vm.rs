@@ -89,6 +89,8 @@ pub struct Vm {
     published: Option<(MigrationForecastStatus, Instant)>,
     ready: Option<(MigrationForecastStatus, Instant)>,
     write_failures: u32,
+    /// What was kept of it has been read.
+    recalled: bool,
     /// The jobs that are under way.
     jobs: Vec<Job>,
     hint: Option<(Hint, Instant)>,
@@ -115,6 +117,7 @@ impl Vm {
             published: None,
             ready: None,
             write_failures: 0,
+            recalled: false,
             jobs: Vec::new(),
             hint: None,
             read_along: None,
@@ -135,22 +138,15 @@ impl Vm {
         vm
     }
 
-    /// Takes up the object as it is now. True: it is another object or pod, so everything known was dropped.
-    pub fn update(
-        &mut self,
-        object: &MigrationForecast,
-        host: &HostConstants,
-        now: Instant,
-        wall: Timestamp,
-        refresh: Duration,
-    ) -> bool {
+    /// Takes up the object as it is now. Where it is another object or pod, everything known is dropped.
+    pub fn update(&mut self, object: &MigrationForecast, host: &HostConstants, now: Instant, wall: Timestamp, refresh: Duration) {
         if life(object) != self.life {
             *self = Self::new(object, host, now, wall, refresh);
-            return true;
+            return;
         }
         self.take_up_beside(object, now);
         if object.metadata.generation == Some(self.question.generation) {
-            return false;
+            return;
         }
         // A new generation alone is no new question: what is asked beside it has changed.
         let question = object.question();
@@ -168,7 +164,6 @@ impl Vm {
                 self.refresh_due = now;
             }
         }
-        false
     }
 
     /// What is told and asked beside the question: a migration, a dry run.
@@ -194,6 +189,7 @@ impl Vm {
             refresh_due: self.refresh_due,
             look_after: self.trouble.as_ref().map(|trouble| trouble.until),
             write_due: self.ready.as_ref().filter(|_| !self.does(Job::Write)).map(|(_, due)| *due),
+            recall: !self.recalled && !self.does(Job::Recall),
             pressing: self.hint.is_some(),
             engaged: self.jobs.iter().any(|job| job.speaks_to_qemu()),
             migrating: self.migrating(),
@@ -253,6 +249,7 @@ impl Vm {
         match job {
             Job::Look | Job::Answer => self.failed(reason::NOT_MEASURED, message.to_owned(), now, spread),
             Job::Write => self.write_failed(now, spread),
+            Job::Recall => self.recalled = true,
             Job::Along => self.read_along = self.hint.as_ref().map(|(hint, _)| hint.migration_uid.clone()),
             Job::DryRun => {
                 let id = self.dry_run_asked.as_ref().map(|(asked, _)| asked.id.clone()).unwrap_or_default();
@@ -292,6 +289,7 @@ impl Vm {
 
     /// Takes up what an earlier life of this agent kept: an answer can be made from it while it is fresh.
     pub fn remember(&mut self, epochs: Vec<Epoch>, now: Instant, wall: Timestamp, refresh: Duration) {
+        self.recalled = true;
         if self.paused {
             return;
         }

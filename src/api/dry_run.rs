@@ -12,7 +12,11 @@ use super::{
     scalar::Duration,
     schema,
 };
-use crate::model::forecast::{Bounds, Forecast, Method, Question, Verdict};
+use crate::model::{
+    forecast::{Forecast, Question, Verdict},
+    predict::of_dry_run,
+    replay::Outcome,
+};
 
 /// How long a dry run may take where nothing is said: 10 minutes.
 pub const DEADLINE: Duration = Duration(std::time::Duration::from_secs(600));
@@ -20,9 +24,6 @@ pub const DEADLINE: Duration = Duration(std::time::Duration::from_secs(600));
 pub const SHORTEST: Duration = Duration(std::time::Duration::from_secs(1));
 /// The longest deadline: a day.
 pub const LONGEST: Duration = Duration(std::time::Duration::from_secs(24 * 3600));
-
-/// What a host adds to times that no single run shows, either way: as in [`crate::model::predict`].
-const HOST_SHARE: f64 = 0.03;
 
 /// Asks the agent to run the migration without delivering it: the whole pre-copy, into a sink, at the bandwidth of the question; the
 /// guest is never stopped. Removing this cancels a run. Whoever asks chooses the id; the manager's own begin with `doubt-`.
@@ -268,44 +269,30 @@ impl DryRunResult {
         }
     }
 
-    /// As the information set, method `DR`. What one run cannot tell (the least convergent bandwidth, other bandwidths, the pattern) comes
-    /// from `pattern`, the replay of the observed pattern, where there is one. Bounds: 3 % either way. `None` for a result without a verdict.
+    /// As the information set, method `DR`, in the words of [`of_dry_run`]. What one run cannot tell (the least convergent bandwidth, other
+    /// bandwidths, the pattern) comes from `pattern`, the replay of the observed pattern, where there is one. `None` for a result without a
+    /// verdict.
     pub fn forecast(&self, question: &Question, pattern: Option<&Forecast>) -> Option<Forecast> {
         if self.verdict == Verdict::Unknown {
             return None;
         }
-        let (total_ms, downtime_ms) = (self.total_time.as_ms(), self.downtime.map(Duration::as_ms));
-        let breaks = |limit: Option<std::time::Duration>, ms: f64| limit.is_some_and(|limit| ms > Duration(limit).as_ms());
-        let sla_exceeded = downtime_ms
-            .is_some_and(|downtime| breaks(question.sla.downtime, downtime) || breaks(question.sla.total_time, total_ms));
-        let around = |ms: f64| (ms * (1.0 - HOST_SHARE), ms * (1.0 + HOST_SHARE));
+        let outcome = Outcome {
+            converged: self.downtime.is_some(),
+            total_ms: self.total_time.as_ms(),
+            downtime_ms: self.downtime.map_or(0.0, Duration::as_ms),
+            syncs: self.iterations,
+            pages: self.dirtied_pages as f64,
+            zero_pages: self.zero_pages as f64,
+        };
+        // How many pages the guest has is wanted for the cost alone, which is known.
+        let seen = of_dry_run(&outcome, self.transferred_bytes as f64, 1.0, question);
         Some(Forecast {
             verdict: self.verdict,
-            sla_exceeded: sla_exceeded && self.verdict == Verdict::Borderline,
-            low_confidence: false,
-            // One run: it did, or it did not.
-            probability: match (self.verdict, downtime_ms) {
-                (Verdict::Fails, _) | (_, None) => 0.0,
-                _ => 1.0,
-            },
-            method: Method::DryRun,
-            iterations: self.iterations,
-            convergence_ms: self.convergence_time.as_ms(),
-            downtime_ms,
-            total_ms,
-            dirtied_pages: self.dirtied_pages,
-            transferred_bytes: self.transferred_bytes,
-            least_convergent_bandwidth: pattern.and_then(|forecast| forecast.least_convergent_bandwidth),
             cost: self.cost,
-            bounds: Bounds {
-                total_ms: around(total_ms),
-                downtime_ms: downtime_ms.map(around),
-                dirtied_pages: (self.dirtied_pages, self.dirtied_pages),
-                iterations: (self.iterations, self.iterations),
-            },
+            least_convergent_bandwidth: pattern.and_then(|forecast| forecast.least_convergent_bandwidth),
             pattern: pattern.and_then(|forecast| forecast.pattern.clone()),
             profile: pattern.map(|forecast| forecast.profile.clone()).unwrap_or_default(),
-            baselines: Vec::new(),
+            ..seen
         })
     }
 }

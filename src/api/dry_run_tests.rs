@@ -10,7 +10,7 @@ use crate::{
         MigrationForecastSpec,
         forecast::{MigrationForecastStatus, Sla},
     },
-    model::forecast::{PatternPoint, ProfilePoint},
+    model::forecast::{Bounds, Method, PatternPoint, ProfilePoint},
 };
 
 fn dry_run(changes: &Value) -> DryRun {
@@ -71,7 +71,7 @@ fn tried(verdict: Verdict) -> Forecast {
         probability: f64::from(u8::from(converged)),
         method: Method::DryRun,
         iterations: 7,
-        convergence_ms: if converged { 3_500.0 } else { 300_000.0 },
+        convergence_ms: if converged { 3_538.0 } else { 300_000.0 },
         downtime_ms: converged.then_some(212.0),
         total_ms: if converged { 3_750.0 } else { 300_000.0 },
         dirtied_pages: 90_112,
