@@ -1,6 +1,11 @@
 //! Admission over HTTP, in process: reviews as an API server posts them, answers as it reads them.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
+
 use axum::{
     Router,
     body::{Body, to_bytes},
@@ -34,7 +39,20 @@ fn fill<K: Resource<DynamicType = ()> + Clone + DeserializeOwned + 'static>(writ
 
 /// A cluster with the VM `shop/wild`, whose forecast says that it fails, under a policy of this mode (or none).
 fn cluster(mode: Option<&str>, forecast_status: Option<Value>) -> (Router, AdmissionMetrics) {
+    let (app, metrics, _) = cluster_with(mode, forecast_status, |_| ());
+    (app, metrics)
+}
+
+/// The same, with more in it, and a manager that is alive while the flag says so.
+fn cluster_with(
+    mode: Option<&str>,
+    forecast_status: Option<Value>,
+    feed: impl FnOnce(&mut Feeds),
+) -> (Router, AdmissionMetrics, Arc<AtomicBool>) {
     let (knowledge, mut feeds): (Knowledge, Feeds) = Knowledge::new();
+    let alive = Arc::new(AtomicBool::new(true));
+    let managed = Arc::clone(&alive);
+    let knowledge = knowledge.managed_while(move || managed.load(Ordering::Relaxed));
     fill(
         &mut feeds.vmis,
         &[json!({
@@ -55,7 +73,7 @@ fn cluster(mode: Option<&str>, forecast_status: Option<Value>) -> (Router, Admis
         .map(|mode| {
             json!({
                 "apiVersion": "migvisor.io/v1alpha1", "kind": "PredictionPolicy", "metadata": { "name": "strict" },
-                "spec": { "selectors": { "namespaceSelector": { "team": "a" } }, "mode": mode }
+                "spec": { "selectors": { "namespaceSelector": { "team": "a" } }, "mode": mode, "dryRun": { "mode": "OnDemand" } }
             })
         })
         .into_iter()
@@ -83,9 +101,10 @@ fn cluster(mode: Option<&str>, forecast_status: Option<Value>) -> (Router, Admis
         .into_iter()
         .collect();
     fill(&mut feeds.forecasts, &forecasts);
+    feed(&mut feeds);
     let metrics = AdmissionMetrics::new().unwrap();
     let clock: fn() -> Timestamp = || "2026-11-22T12:00:00Z".parse().unwrap();
-    (router(Admission::new(knowledge, metrics.clone()).with_clock(clock)), metrics)
+    (router(Admission::new(knowledge, metrics.clone()).with_clock(clock)), metrics, alive)
 }
 
 fn failing() -> Value {
@@ -194,7 +213,8 @@ async fn a_doomed_migration_is_refused_with_the_ways_out() {
         "at least 180 MiB/s",
         "bandwidthPerMigration to at least 180Mi",
         "allowPostCopy",
-        "predictionpolicy strict",
+        "\"kind\":\"MigrationOverride\"",
+        "kubectl create -n shop -f -",
     ] {
         assert!(message.contains(part), "{part}: {message}");
     }
@@ -335,7 +355,7 @@ async fn what_is_no_review_is_an_error_that_says_so() {
         empty.to_string().into(),
         pod.to_string().into(),
     ] {
-        for path in ["/validate-vmim", "/mutate-vmim"] {
+        for path in ["/validate-vmim", "/mutate-vmim", "/mutate-pod"] {
             let (status, text) = post(&app, path, body.clone()).await;
             assert_eq!(status, StatusCode::BAD_REQUEST);
             assert!(String::from_utf8(text).unwrap().starts_with("the body is no AdmissionReview of admission.k8s.io/v1: "));
@@ -352,6 +372,130 @@ async fn a_body_that_never_comes_is_not_waited_for() {
     let never = Body::from_stream(futures::stream::pending::<Result<Vec<u8>, std::io::Error>>());
     let request = Request::post("/validate-vmim").header("content-type", "application/json").body(never).unwrap();
     assert_eq!(app.oneshot(request).await.unwrap().status(), StatusCode::REQUEST_TIMEOUT);
+}
+
+/// As [`failing`], but a dry run could tell more.
+fn doubtful() -> Value {
+    let mut status = failing();
+    json_patch::merge(
+        &mut status,
+        &json!({ "verdict": "Borderline", "reason": "NearTheLimit", "probability": 0.5, "downtime": "200ms" }),
+    );
+    status
+}
+
+fn created(phase: &str) -> Value {
+    json!({
+        "metadata": { "name": "m", "namespace": "shop", "uid": "uid-m" }, "spec": { "vmiName": "wild" }, "status": { "phase": phase }
+    })
+}
+
+fn target_pod(labels: &Value, gates: &Value) -> Value {
+    json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": {
+            "name": "virt-launcher-wild-2", "namespace": "shop", "labels": labels, "creationTimestamp": "2026-11-22T11:59:00Z",
+            "annotations": { "kubevirt.io/domain": "wild" }
+        },
+        "spec": { "containers": [{ "name": "compute", "image": "virt-launcher" }], "schedulingGates": gates }
+    })
+}
+
+fn labels() -> Value {
+    json!({ "kubevirt.io": "virt-launcher", "kubevirt.io/migrationJobUID": "uid-m" })
+}
+
+/// The gates of a pod after admission.
+async fn gates(app: &Router, pod: &Value) -> Value {
+    let mut review = review(pod);
+    review["request"]["kind"] = json!({ "group": "", "version": "v1", "kind": "Pod" });
+    review["request"]["resource"] = json!({ "group": "", "version": "v1", "resource": "pods" });
+    let response = ask(app, "/mutate-pod", &review).await;
+    assert_eq!((&response["allowed"], response.get("warnings")), (&json!(true), None));
+    let mut pod = pod.clone();
+    if let Some(patch) = response.get("patch") {
+        json_patch::patch(&mut pod, &serde_json::from_slice::<json_patch::Patch>(&base64(patch)).unwrap()).unwrap();
+    }
+    pod["spec"]["schedulingGates"].clone()
+}
+
+#[tokio::test]
+async fn a_doubtful_migration_passes_and_its_target_pod_is_held() {
+    let fed = |phase: &'static str| move |feeds: &mut Feeds| fill(&mut feeds.migrations, &[created(phase)]);
+    let (app, _, alive) = cluster_with(Some("Enforce"), Some(doubtful()), fed("Pending"));
+    let response = validate(&app, &review(&vmim())).await;
+    assert_eq!(response["allowed"], true);
+    assert!(response["warnings"][0].as_str().unwrap().contains("It is held until a dry run has tried it out"), "{response}");
+
+    let ours = json!({ "name": "migvisor.io/dry-run" });
+    assert_eq!(gates(&app, &target_pod(&labels(), &Value::Null)).await, json!([ours]));
+    let theirs = json!([{ "name": "other/gate" }]);
+    assert_eq!(gates(&app, &target_pod(&labels(), &theirs)).await, json!([{ "name": "other/gate" }, ours]));
+    assert_eq!(gates(&app, &target_pod(&labels(), &json!([ours]))).await, json!([ours]), "once");
+
+    let attachment = json!({ "kubevirt.io": "hotplug-disk", "kubevirt.io/migrationJobUID": "uid-m" });
+    let stranger = json!({ "kubevirt.io": "virt-launcher", "kubevirt.io/migrationJobUID": "uid-x" });
+    for labels in [attachment, stranger, json!({ "kubevirt.io": "virt-launcher" })] {
+        assert_eq!(gates(&app, &target_pod(&labels, &Value::Null)).await, Value::Null, "{labels}");
+    }
+    // Nobody would take it off again.
+    alive.store(false, Ordering::Relaxed);
+    assert_eq!(gates(&app, &target_pod(&labels(), &Value::Null)).await, Value::Null);
+
+    for phase in ["Succeeded", "Failed"] {
+        let (app, ..) = cluster_with(Some("Enforce"), Some(doubtful()), fed(phase));
+        assert_eq!(gates(&app, &target_pod(&labels(), &Value::Null)).await, Value::Null, "{phase}");
+    }
+    for mode in ["Audit", "Warn"] {
+        let (app, ..) = cluster_with(Some(mode), Some(doubtful()), fed("Pending"));
+        assert_eq!(gates(&app, &target_pod(&labels(), &Value::Null)).await, Value::Null, "{mode}");
+    }
+    // A dry run has turned out badly before the pod was made: held for the manager to abandon it.
+    let (app, ..) = cluster_with(Some("Enforce"), Some(failing()), fed("Pending"));
+    assert_eq!(gates(&app, &target_pod(&labels(), &Value::Null)).await, json!([ours]));
+}
+
+#[tokio::test]
+async fn so_many_are_held_and_no_more() {
+    let held = |i: u32| {
+        let mut pod = target_pod(&labels(), &json!([{ "name": "migvisor.io/dry-run" }]));
+        pod["metadata"]["name"] = json!(format!("held-{i}"));
+        pod
+    };
+    for (others, expected) in [(1, true), (2, false)] {
+        let (app, ..) = cluster_with(Some("Enforce"), Some(doubtful()), |feeds| {
+            fill(&mut feeds.migrations, &[created("Pending")]);
+            fill(&mut feeds.pods, &(0..others).map(held).collect::<Vec<_>>());
+        });
+        assert_eq!(gates(&app, &target_pod(&labels(), &Value::Null)).await.is_array(), expected, "{others} are held");
+    }
+}
+
+#[tokio::test]
+async fn an_override_lets_through_until_it_expires() {
+    for (created, allowed) in [("2026-11-22T11:30:00Z", true), ("2026-11-22T11:00:00Z", false)] {
+        let by = json!({
+            "apiVersion": "migvisor.io/v1alpha1", "kind": "MigrationOverride",
+            "metadata": { "name": "by-hand", "namespace": "shop", "creationTimestamp": created },
+            "spec": { "vmiName": "wild", "reason": "the rack is on fire" }
+        });
+        let (app, ..) =
+            cluster_with(Some("Enforce"), Some(failing()), |feeds| fill(&mut feeds.overrides, std::slice::from_ref(&by)));
+        let response = validate(&app, &review(&vmim())).await;
+        assert_eq!(response["allowed"], allowed, "{response}");
+        if allowed {
+            assert!(response["warnings"][0].as_str().unwrap().contains("by-hand lets it through"), "{response}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_pod_that_cannot_be_read_passes_untouched() {
+    let (app, _) = cluster(Some("Enforce"), Some(doubtful()));
+    for pod in [json!({}), json!(5), Value::Null, json!({ "metadata": 7 }), json!({ "spec": { "schedulingGates": "x" } })] {
+        let response = ask(&app, "/mutate-pod", &review(&pod)).await;
+        assert_eq!((&response["allowed"], response.get("patch")), (&json!(true), None), "{pod}");
+    }
 }
 
 /// The bar is 10 ms at the 99th percentile, over the wire; in process it takes a fraction of that even in a debug build.

@@ -39,7 +39,8 @@ impl ControlPlane {
     }
 
     /// Has the API server call `https://127.0.0.1:PORT/mutate-vmim` and `/validate-vmim` when a VMIM is created, of any
-    /// version (`matchPolicy: Equivalent`). An absent webhook hinders nobody (`failurePolicy: Ignore`).
+    /// version (`matchPolicy: Equivalent`), and `/mutate-pod` for target pods of migrations. An absent webhook hinders nobody
+    /// (`failurePolicy: Ignore`).
     pub async fn install_webhooks(&self, port: u16, authority_pem: &str) -> Result<()> {
         let webhook = |verb: &str| -> Result<Value> {
             Ok(json!({
@@ -62,20 +63,34 @@ impl ControlPlane {
                 "admissionReviewVersions": ["v1"],
             }))
         };
-        let configuration = |kind: &str, verb: &str| -> Result<Value> {
-            Ok(json!({
+        let pods = || -> Result<Value> {
+            let mut pods = webhook("mutate")?;
+            pods["name"] = json!("mutate-pod.migvisor.io");
+            pods["clientConfig"]["url"] = json!(format!("https://127.0.0.1:{port}/mutate-pod"));
+            pods["rules"][0]["apiGroups"] = json!([""]);
+            pods["rules"][0]["resources"] = json!(["pods"]);
+            pods["objectSelector"] = json!({
+                "matchLabels": { "kubevirt.io": "virt-launcher" },
+                "matchExpressions": [{ "key": "kubevirt.io/migrationJobUID", "operator": "Exists" }],
+            });
+            // KubeVirt makes target pods under a lock of the whole cluster.
+            pods["timeoutSeconds"] = json!(1);
+            Ok(pods)
+        };
+        let configuration = |kind: &str, webhooks: Vec<Value>| {
+            json!({
                 "apiVersion": "admissionregistration.k8s.io/v1",
                 "kind": kind,
                 "metadata": { "name": "migvisor" },
-                "webhooks": [webhook(verb)?],
-            }))
+                "webhooks": webhooks,
+            })
         };
         let parameters = PatchParams::apply("migvisor-e2e").force();
         let mutating: Api<MutatingWebhookConfiguration> = Api::all(self.client()?);
-        let body = configuration("MutatingWebhookConfiguration", "mutate")?;
+        let body = configuration("MutatingWebhookConfiguration", vec![webhook("mutate")?, pods()?]);
         mutating.patch("migvisor", &parameters, &Patch::Apply(body)).await.context("cannot install the mutating webhook")?;
         let validating: Api<ValidatingWebhookConfiguration> = Api::all(self.client()?);
-        let body = configuration("ValidatingWebhookConfiguration", "validate")?;
+        let body = configuration("ValidatingWebhookConfiguration", vec![webhook("validate")?]);
         validating.patch("migvisor", &parameters, &Patch::Apply(body)).await.context("cannot install the validating webhook")?;
         Ok(())
     }

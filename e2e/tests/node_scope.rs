@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use common::{NAMESPACE, SOON, event_in};
+use k8s_openapi::api::core::v1::Pod;
 use kube::{
     Api, Client, ResourceExt,
     api::{DeleteParams, Patch, PatchParams, PostParams},
@@ -243,6 +244,11 @@ async fn agent_and_controller_need_the_rights_they_have_and_no_others() -> Resul
     ended
 }
 
+#[tokio::test]
+async fn the_controller_is_on_a_leash() -> Result<()> {
+    only_gates(&cluster().await?).await
+}
+
 async fn story(plane: &ControlPlane) -> Result<()> {
     let admin = plane.client()?;
     let policy = json!({
@@ -289,8 +295,37 @@ async fn story(plane: &ControlPlane) -> Result<()> {
     let progress = DryRunStatus::new(dry_run.id.clone(), asked.question().fingerprint, DryRunPhase::Running, "");
     apply(&scene.agent, AGENT_DRY_RUN, "vm1", json!({ "dryRun": progress })).await?;
 
-    plane.accepts(&vmim_manifest(NAMESPACE, "m1", "vm1").to_string()).await?;
+    println!("--- a person's migration that would fail is abandoned, as admission is not asked here; a drain's is let go");
     let migrations = vmims(&admin, NAMESPACE);
+    plane.accepts(&vmim_manifest(NAMESPACE, "m0", "vm1").to_string()).await?;
+    wait_for("m0 to be deleted", SOON, async || Ok(migrations.get_opt("m0").await?.is_none().then_some(()))).await?;
+    event_in(plane, "MigrationAbandoned", "VirtualMachineInstanceMigration", "m0").await?;
+    event_in(plane, "MigrationAbandoned", "VirtualMachineInstance", "vm1").await?;
+
+    let mut drained = vmim_manifest(NAMESPACE, "m1", "vm1");
+    drained["metadata"]["annotations"] = json!({ "kubevirt.io/evacuationMigration": "node-a" });
+    plane.accepts(&drained.to_string()).await?;
+    let job = migrations.get("m1").await?.uid();
+    let target = json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": {
+            "namespace": NAMESPACE, "name": "virt-launcher-vm1-target", "annotations": { "kubevirt.io/domain": "vm1" },
+            "labels": { "kubevirt.io": "virt-launcher", "kubevirt.io/migrationJobUID": job },
+        },
+        "spec": {
+            "containers": [{ "name": "compute", "image": "virt-launcher" }], "automountServiceAccountToken": false,
+            "schedulingGates": [{ "name": "migvisor.io/dry-run" }, { "name": "other/gate" }],
+        },
+    });
+    plane.accepts(&target.to_string()).await?;
+    let pods: Api<Pod> = Api::namespaced(admin.clone(), NAMESPACE);
+    let gates = async || {
+        let pod = pods.get("virt-launcher-vm1-target").await?;
+        let gates = pod.spec.and_then(|spec| spec.scheduling_gates).unwrap_or_default();
+        Ok((gates.len() == 1).then(|| gates[0].name.clone()))
+    };
+    ensure!(wait_for("our gate to go", SOON, gates).await? == "other/gate");
+    event_in(plane, "MigrationReleased", "VirtualMachineInstanceMigration", "m1").await?;
     let uid = migrations.get("m1").await?.uid();
     let told = |forecast: &MigrationForecast| forecast.hint().map(|hint| (hint.migration_uid, hint.phase.as_str()));
     let pending = uid.clone().map(|uid| (uid, "Pending"));
@@ -330,6 +365,41 @@ async fn story(plane: &ControlPlane) -> Result<()> {
     exactly(plane, "migvisor-controller", "controller").await?;
     let log = controller.log();
     ensure!(!log.contains("panicked") && !log.contains("forbidden"), "{log}");
+    Ok(())
+}
+
+/// The controller's own token takes our gate off a pod, and nothing else, whatever RBAC says.
+async fn only_gates(plane: &ControlPlane) -> Result<()> {
+    let pod = json!({
+        "apiVersion": "v1", "kind": "Pod", "metadata": { "namespace": NAMESPACE, "name": "leashed" },
+        "spec": {
+            "containers": [{ "name": "compute", "image": "good" }], "automountServiceAccountToken": false,
+            "schedulingGates": [{ "name": "migvisor.io/dry-run" }, { "name": "other/gate" }],
+        },
+    });
+    plane.accepts(&pod.to_string()).await?;
+    let token = plane.account("migvisor-controller", Some(("leashed", "node-b"))).await?.client().await?;
+    let pods: Api<Pod> = Api::namespaced(token, NAMESPACE);
+    let without = |name: &str| json!({ "spec": { "schedulingGates": [{ "name": name, "$patch": "delete" }] } });
+    let with = |mut more: Value| {
+        more["spec"]["schedulingGates"] = without("migvisor.io/dry-run")["spec"]["schedulingGates"].clone();
+        more
+    };
+    let gate = "may take the scheduling gate migvisor.io/dry-run off a pod, and nothing else";
+    for (patch, refusal) in [
+        (json!({ "metadata": { "labels": { "mine": "now" } } }), gate),
+        (without("other/gate"), gate),
+        (with(json!({ "spec": { "containers": [{ "name": "compute", "image": "evil" }] } })), "may not change a pod's spec"),
+        (with(json!({ "spec": { "activeDeadlineSeconds": 1 } })), "may not change a pod's spec"),
+        (with(json!({ "spec": { "nodeSelector": { "mine": "now" } } })), "may not change a pod's spec"),
+        (with(json!({ "metadata": { "labels": { "mine": "now" } } })), "may not change a pod's metadata"),
+        (with(json!({ "metadata": { "finalizers": ["mine/now"] } })), "may not change a pod's metadata"),
+    ] {
+        let refused = pods.patch("leashed", &PatchParams::default(), &Patch::Strategic(&patch)).await;
+        let error = refused.err().with_context(|| format!("{patch} was let through"))?.to_string();
+        ensure!(error.contains(refusal), "{patch}: {error}");
+    }
+    pods.patch("leashed", &PatchParams::default(), &Patch::Strategic(without("migvisor.io/dry-run"))).await?;
     Ok(())
 }
 

@@ -255,9 +255,12 @@ fn why_not(object: &MigrationForecast, life: &Life, task: &Task) -> Option<&'sta
         return Some("the question has changed");
     }
     match object.hint() {
-        // QEMU has one migration at a time, and nothing holds this one back yet.
-        Some(hint) if hint.phase == HintPhase::Pending => Some("a migration of the VM is about to begin"),
-        Some(_) => Some("the VM is being migrated"),
+        // QEMU has one migration at a time.
+        Some(hint) => match hint.phase {
+            HintPhase::Held => None,
+            HintPhase::Pending => Some("a migration of the VM is about to begin"),
+            HintPhase::Running => Some("the VM is being migrated"),
+        },
         None => None,
     }
 }
@@ -300,6 +303,7 @@ mod tests {
         assert_eq!(why(&|_| ()), None);
         assert!(why(&|object| object.metadata.annotations = Some(told("a", "Pending"))).is_some());
         assert!(why(&|object| object.metadata.annotations = Some(told("a", "Running"))).is_some());
+        assert_eq!(why(&|object| object.metadata.annotations = Some(told("a", "Held"))), None, "it waits for us");
         assert!(why(&|object| object.metadata.annotations = Some(told("b", "Pending"))).is_some());
         assert!(why(&|object| object.spec.dry_run = None).is_some());
         assert!(why(&|object| object.spec.dry_run.as_mut().unwrap().id = "b".into()).is_some());

@@ -221,8 +221,8 @@ impl Vm {
 
     /// The dry run that is asked for and has not come to its end: the same id is the same run.
     pub fn dry_run_wanted(&self) -> Option<(&DryRun, Instant)> {
-        // A migration will want the VM for itself.
-        let free = self.hint.is_none();
+        // A migration will want the VM for itself, unless it waits for the dry run.
+        let free = self.hint.as_ref().is_none_or(|(hint, _)| hint.phase == HintPhase::Held);
         let ended = |id: &str| self.dry_run.as_ref().is_some_and(|run| run.id == id && run.phase.is_final());
         self.dry_run_asked.as_ref().filter(|(asked, _)| free && !ended(&asked.id)).map(|(asked, since)| (asked, *since))
     }

@@ -3,12 +3,13 @@
 //! In: what an API server stores. Out: the same, typed; a [`Request`] to carry out, refused with the field's name where it makes no
 //! sense; the model's forecast (method `DR`) and back.
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{
     convert::{QuestionError, refuse, shortened},
+    forecast::is_fresh,
     scalar::Duration,
     schema,
 };
@@ -312,6 +313,11 @@ impl DryRunStatus {
             bytes_per_second: None,
             result: None,
         }
+    }
+
+    /// Nothing more will come of it for this question (its fingerprint), and it is not so long ago that another try would tell more.
+    pub fn is_over(&self, fingerprint: &str, now: Timestamp) -> bool {
+        self.question.as_deref() == Some(fingerprint) && self.phase.is_final() && is_fresh(self.completed_at.as_ref(), now)
     }
 
     /// The result, if it is one for this question (its fingerprint).

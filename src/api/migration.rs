@@ -15,6 +15,8 @@ use super::{forecast::MigrationForecast, kubevirt::VirtualMachineInstanceMigrati
 /// How far a migration is, as far as an agent cares.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum HintPhase {
+    /// It is held for a dry run: memory will not move before that has ended.
+    Held,
     /// It is wanted; memory does not move yet: an answer is needed now.
     Pending,
     /// Memory moves: read along, and keep from measuring.
@@ -25,9 +27,18 @@ impl HintPhase {
     /// As it is written.
     pub fn as_str(self) -> &'static str {
         match self {
+            Self::Held => "Held",
             Self::Pending => "Pending",
             Self::Running => "Running",
         }
+    }
+
+    /// As it is read. What is not known counts as `Pending`: a dry run gives way, measuring goes on, and QEMU itself says when memory moves.
+    fn read(phase: Option<&String>) -> Self {
+        [Self::Held, Self::Running]
+            .into_iter()
+            .find(|known| phase.is_some_and(|phase| phase == known.as_str()))
+            .unwrap_or(Self::Pending)
     }
 }
 
@@ -63,13 +74,11 @@ impl Hint {
 }
 
 impl MigrationForecast {
-    /// The migration that the manager tells of. A phase that is not known counts as `Pending`: measuring goes on, and QEMU itself
-    /// says when memory moves.
+    /// The migration that the manager tells of.
     pub fn hint(&self) -> Option<Hint> {
         let annotations = self.metadata.annotations.as_ref()?;
         let migration_uid = annotations.get(hint::MIGRATION).filter(|uid| !uid.is_empty())?.clone();
-        let running = annotations.get(hint::PHASE).is_some_and(|phase| phase == HintPhase::Running.as_str());
-        Some(Hint { migration_uid, phase: if running { HintPhase::Running } else { HintPhase::Pending } })
+        Some(Hint { migration_uid, phase: HintPhase::read(annotations.get(hint::PHASE)) })
     }
 }
 

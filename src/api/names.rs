@@ -16,6 +16,9 @@ pub const AGENT_DRY_RUN: &str = "migvisor-agent-dry-run";
 /// The agent's field manager for `status.inFlight` and `status.lastMigration`, for the same reason.
 pub const AGENT_MIGRATION: &str = "migvisor-agent-migration";
 
+/// The scheduling gate on the target pod of a migration that is held. While it is there the pod is not scheduled, and nothing is transferred.
+pub const GATE: &str = "migvisor.io/dry-run";
+
 /// Annotations on a MigrationForecast by which the manager tells the agent of a migration of the VM that is not final.
 ///
 /// Annotations, because they are neither part of the question nor an answer: the spec would get a new generation, and whoever
@@ -23,7 +26,7 @@ pub const AGENT_MIGRATION: &str = "migvisor-agent-migration";
 pub mod hint {
     /// UID of the VirtualMachineInstanceMigration.
     pub const MIGRATION: &str = "migvisor.io/migration";
-    /// `Pending` until memory moves, then `Running`.
+    /// `Held` while it waits for a dry run, `Pending` until memory moves, then `Running`.
     pub const PHASE: &str = "migvisor.io/migration-phase";
 }
 
@@ -53,12 +56,24 @@ pub mod annotation {
     pub const FORECAST: &str = "migvisor.io/forecast";
 }
 
-/// KubeVirt's annotations that we read.
+/// KubeVirt's annotations and labels that we read.
 pub mod kubevirt {
     /// On a VMIM: created by a drain or an eviction.
     pub const EVACUATION: &str = "kubevirt.io/evacuationMigration";
     /// On a VMIM: created by the workload updater.
     pub const WORKLOAD_UPDATE: &str = "kubevirt.io/workloadUpdateMigration";
+    /// On a VMI that is to leave its node: who evicted it.
+    pub const EVICTION_SOURCE: &str = "kubevirt.io/eviction-source";
+    /// The value of [`EVICTION_SOURCE`] for the descheduler.
+    pub const DESCHEDULER: &str = "descheduler";
+    /// On a launcher pod: the VMI's name.
+    pub const DOMAIN: &str = "kubevirt.io/domain";
+    /// Label of a target pod, and of its hotplug attachment pods: UID of the VMIM.
+    pub const MIGRATION_JOB: &str = "kubevirt.io/migrationJobUID";
+    /// Label of every pod of KubeVirt's: what it is.
+    pub const COMPONENT: &str = "kubevirt.io";
+    /// The value of [`COMPONENT`] for the pods that hold VMs.
+    pub const LAUNCHER: &str = "virt-launcher";
 }
 
 /// Reasons of verdicts, in `status.reason`: few, in `PascalCase`, fit for a metric's label.

@@ -28,6 +28,8 @@ use super::{
     doc = "What is wanted of live migrations, and what is done about those that would not meet it. One policy applies to a VM: the one whose \
            selectors match the most labels. Where none matches, migvisor only audits.",
     printcolumn = r#"{"name": "Mode", "type": "string", "jsonPath": ".spec.mode"}"#,
+    printcolumn = r#"{"name": "Evacuations", "type": "string", "jsonPath": ".spec.evacuations"}"#,
+    printcolumn = r#"{"name": "Dry-Run", "type": "string", "jsonPath": ".spec.dryRun.mode"}"#,
     printcolumn = r#"{"name": "Bandwidth", "type": "string", "jsonPath": ".spec.bandwidth"}"#,
     printcolumn = r#"{"name": "Downtime", "type": "string", "jsonPath": ".spec.sla.downtime"}"#,
     printcolumn = r#"{"name": "Total", "type": "string", "jsonPath": ".spec.sla.totalTime"}"#,
@@ -38,7 +40,8 @@ pub struct PredictionPolicySpec {
     /// Which VMs it applies to. Absent: none. Empty: every one, with the lowest precedence.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub selectors: Option<Selectors>,
-    /// `Audit` only looks; `Warn` warns whoever starts a migration that would not do; `Enforce` also denies those that would fail.
+    /// `Audit` only looks; `Warn` warns whoever starts a migration that would not do; `Enforce` also denies those that would fail, and holds
+    /// those that leave a doubt.
     #[serde(default)]
     pub mode: Mode,
     /// What is wanted beyond convergence.
@@ -53,6 +56,54 @@ pub struct PredictionPolicySpec {
     /// When a migration is tried out without delivering it. Absent: never.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dry_run: Option<DryRunPolicy>,
+    /// How long and how many migrations are held back; as the defaults of its fields when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hold: Option<HoldPolicy>,
+    /// What `Enforce` does to evacuations (drains, evictions, the descheduler's too) and workload updates.
+    #[serde(default)]
+    pub evacuations: Evacuations,
+}
+
+/// How migrations are held back: by a scheduling gate on the target pod, so that nothing is transferred meanwhile. A held migration takes one
+/// of KubeVirt's places for parallel migrations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct HoldPolicy {
+    /// How long one may be held, 1s to 780s: KubeVirt gives a target pod up after 900 s. What is not known by then is decided without.
+    #[serde(default = "default_hold")]
+    #[schemars(schema_with = "schema::hold_duration", default = "default_hold")]
+    pub deadline: Duration,
+    /// How many may be held in the whole cluster, 1 to 16; KubeVirt runs five migrations at a time by default.
+    #[serde(default = "default_held")]
+    #[schemars(schema_with = "schema::parallel", default = "default_held")]
+    pub at_once: u64,
+}
+
+impl Default for HoldPolicy {
+    fn default() -> Self {
+        Self { deadline: default_hold(), at_once: default_held() }
+    }
+}
+
+fn default_hold() -> Duration {
+    Duration(std::time::Duration::from_secs(300))
+}
+
+fn default_held() -> u64 {
+    2
+}
+
+/// What `Enforce` does to migrations that KubeVirt starts by itself: evacuations and workload updates. KubeVirt asks for those again and
+/// again, and a drain waits for them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
+pub enum Evacuations {
+    /// They pass with a warning.
+    #[default]
+    Warn,
+    /// They are held for a dry run like a person's, and pass with a warning, whatever comes of it.
+    Hold,
+    /// They are treated like a person's. A drain of the node then waits until the VM can be moved.
+    Deny,
 }
 
 /// When migrations are tried out. A dry run costs what a migration costs but the network: memory bandwidth, about a processor, and the
@@ -60,8 +111,8 @@ pub struct PredictionPolicySpec {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct DryRunPolicy {
-    /// `Never`; or `OnDoubt`: in the background, where the pattern says `Fails` or `Borderline`, so that the answer is there before
-    /// somebody asks.
+    /// `Never`; `OnDemand`: under `Enforce`, while a migration that leaves a doubt is held; or `OnDoubt`: besides in the background, where
+    /// the pattern says `Fails` or `Borderline`, so that the answer is there before somebody asks.
     #[serde(default)]
     pub mode: DryRunMode,
     /// How long one may run before it is cancelled, 1s to 24h.
@@ -88,13 +139,15 @@ fn default_concurrency() -> u64 {
     1
 }
 
-/// When migrations are tried out: `Never`, or `OnDoubt`.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+/// When migrations are tried out: `Never`, `OnDemand` or `OnDoubt`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
 pub enum DryRunMode {
     /// The manager asks for none. A person may.
     #[default]
     Never,
-    /// In the background, where the pattern alone says `Fails` or `Borderline`.
+    /// While a migration is held.
+    OnDemand,
+    /// And in the background, where the pattern alone says `Fails` or `Borderline`.
     OnDoubt,
 }
 
@@ -110,7 +163,7 @@ pub struct Selectors {
     pub virtual_machine_instance_selector: BTreeMap<String, String>,
 }
 
-/// What is done about a migration that would not do: `Audit` nothing, `Warn` a warning, `Enforce` a denial.
+/// What is done about a migration that would not do: `Audit` nothing, `Warn` a warning, `Enforce` a denial or a hold.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
 pub enum Mode {
     /// Forecasts, annotations, metrics and events; never denies, never warns.
@@ -118,7 +171,7 @@ pub enum Mode {
     Audit,
     /// And admission warnings.
     Warn,
-    /// And denials.
+    /// And denials and holds.
     Enforce,
 }
 

@@ -53,7 +53,7 @@ pub(super) fn parallel(_: &mut SchemaGenerator) -> Schema {
     json_schema!({ "type": "integer", "format": "int64", "minimum": 1, "maximum": 16 })
 }
 
-/// How long something may run, 1s to 24h, may be absent. The rule comes after the pattern, which alone would let `0` pass.
+/// How long something may run, 1s to 24h, may be absent.
 pub(super) fn optional_deadline(generator: &mut SchemaGenerator) -> Schema {
     let mut schema = deadline(generator);
     schema.insert("nullable".to_owned(), true.into());
@@ -62,10 +62,25 @@ pub(super) fn optional_deadline(generator: &mut SchemaGenerator) -> Schema {
 
 /// How long something may run, 1s to 24h.
 pub(super) fn deadline(generator: &mut SchemaGenerator) -> Schema {
+    between(generator, "1s", "24h", "10m")
+}
+
+/// How long a migration may be held: KubeVirt's pending timeout of 900 s, less two minutes.
+pub(super) fn hold_duration(generator: &mut SchemaGenerator) -> Schema {
+    between(generator, "1s", "780s", "5m")
+}
+
+/// How long an override may last.
+pub(super) fn override_duration(generator: &mut SchemaGenerator) -> Schema {
+    between(generator, "1s", "168h", "1h")
+}
+
+/// A duration within limits. The rule comes after the pattern, which alone would let `0` pass.
+fn between(generator: &mut SchemaGenerator, least: &str, most: &str, such_as: &str) -> Schema {
     let mut schema = Duration::json_schema(generator);
     let rule = json!([{
-        "rule": "duration(self) >= duration('1s') && duration(self) <= duration('24h')",
-        "message": "it has to be between 1s and 24h, such as 10m",
+        "rule": format!("duration(self) >= duration('{least}') && duration(self) <= duration('{most}')"),
+        "message": format!("it has to be between {least} and {most}, such as {such_as}"),
     }]);
     schema.insert("x-kubernetes-validations".to_owned(), rule);
     schema

@@ -102,6 +102,8 @@ pub async fn run(args: ControllerArgs) -> Result<(), ControllerError> {
     let (leadership, election) = lease::elect(client.clone(), lease, shutdown.clone());
 
     let (knowledge, feeds) = Knowledge::new();
+    let anyones = leadership.clone();
+    let knowledge = knowledge.managed_while(move || anyones.is_anyones());
     let router = webhook::router(Admission::new(knowledge.clone(), admission_metrics));
     let watched = readiness.wait_for("the first listing of everything watched");
     let synced = {

@@ -1,11 +1,10 @@
 //! What a person is told: what would happen, the bandwidth it needs, the ways out. One paragraph.
 
-use super::{HOPELESS, Input, Origin};
+use super::{Action, HOPELESS, Input};
 use crate::{
     api::{
         MigrationForecastSpec,
         forecast::{BandwidthSource, BudgetEnd},
-        policy::Mode,
         scalar::Duration,
     },
     model::{
@@ -15,7 +14,7 @@ use crate::{
 };
 
 /// The whole paragraph.
-pub(super) fn compose(input: &Input<'_>, present: &MigrationForecastSpec, forecast: &Forecast) -> String {
+pub(super) fn compose(input: &Input<'_>, present: &MigrationForecastSpec, forecast: &Forecast, action: Action) -> String {
     let vm = input.vm;
     let total = Duration::from_ms(forecast.total_ms).human();
     let at = at_bandwidth(present);
@@ -48,7 +47,23 @@ pub(super) fn compose(input: &Input<'_>, present: &MigrationForecastSpec, foreca
         ),
         Verdict::Fails => failure(vm, &at, present, forecast),
     };
-    format!("{what}. {}. Ways out: {}.", needs(forecast), ways_out(input, present, forecast).join("; "))
+    let ways_out = ways_out(input, present, forecast, action).join("; ");
+    format!("{what}. {}. {}Ways out: {ways_out}.", needs(forecast), done_about_it(input, action))
+}
+
+/// What migvisor does about it, where that is more than to say so.
+fn done_about_it(input: &Input<'_>, action: Action) -> String {
+    match (action, input.overridden) {
+        (Action::Hold, _) => {
+            let deadline = input.policy.and_then(|policy| policy.spec.hold).unwrap_or_default().deadline;
+            format!("It is held until a dry run has tried it out, for at most {}; nothing is sent meanwhile. ", deadline.human())
+        }
+        (Action::AllowWithWarning, Some(by)) => {
+            let reason: String = by.spec.reason.chars().map(|c| if c.is_control() { ' ' } else { c }).take(200).collect();
+            format!("The MigrationOverride {} lets it through ({}). ", name_of(by.metadata.name.as_ref()), reason.trim())
+        }
+        _ => String::new(),
+    }
 }
 
 /// Who says so, and what it rests on where that is more than the observed pattern.
@@ -99,14 +114,17 @@ fn needs(forecast: &Forecast) -> String {
     }
 }
 
-fn ways_out(input: &Input<'_>, present: &MigrationForecastSpec, forecast: &Forecast) -> Vec<String> {
+fn ways_out(input: &Input<'_>, present: &MigrationForecastSpec, forecast: &Forecast, action: Action) -> Vec<String> {
     let mut ways = Vec::new();
     let capped = matches!(present.bandwidth.bandwidth(), Ok(Bandwidth::Capped(_)));
     if let (Some(rate), true) = (forecast.least_convergent_bandwidth, capped) {
         let rate = whole_mebibytes(rate);
         ways.push(match (present.bandwidth_source, input.policy) {
             (BandwidthSource::PredictionPolicy, Some(policy)) => {
-                format!("offer at least {rate} of bandwidth, and say so in the PredictionPolicy {policy}")
+                format!(
+                    "offer at least {rate} of bandwidth, and say so in the PredictionPolicy {}",
+                    name_of(policy.metadata.name.as_ref())
+                )
             }
             (BandwidthSource::MigrationPolicy, _) => {
                 format!("raise bandwidthPerMigration of its MigrationPolicy to at least {rate}")
@@ -129,15 +147,18 @@ fn ways_out(input: &Input<'_>, present: &MigrationForecastSpec, forecast: &Forec
         }
     }
     ways.push("migrate when the guest writes less".to_owned());
-    if let (Some(policy), Mode::Enforce, Verdict::Fails, Origin::Person) =
-        (input.policy, input.mode, forecast.verdict, input.origin)
-    {
+    if action == Action::Deny {
+        let (namespace, name) = input.vm.split_once('/').unwrap_or(("default", input.vm));
         ways.push(format!(
-            "let it through all the same: kubectl patch predictionpolicy {policy} --type=merge -p '{{\"spec\":{{\"mode\":\"Warn\"}}}}', or delete \
-             the policy"
+            "let it through all the same: echo '{{\"apiVersion\":\"migvisor.io/v1alpha1\",\"kind\":\"MigrationOverride\",\"metadata\":\
+             {{\"generateName\":\"{name}-\"}},\"spec\":{{\"vmiName\":\"{name}\",\"reason\":\"WHY\"}}}}' | kubectl create -n {namespace} -f -"
         ));
     }
     ways
+}
+
+fn name_of(name: Option<&String>) -> &str {
+    name.map_or("without a name", String::as_str)
 }
 
 /// KubeVirt rounds bandwidths to whole MiB: round up, so that what is advised suffices.

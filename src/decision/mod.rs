@@ -1,13 +1,9 @@
-//! From a forecast and a policy to allow, warn or deny. One function, used by admission and by the manager, so that they cannot disagree.
+//! From a forecast and a policy to allow, warn, hold or deny. One function, used by admission and by the manager, so that they cannot disagree.
 //!
-//! In: the forecast object, the question as it should be now, the time, the policy's mode, who wants the migration.
-//! Out: an action, a verdict, a reason fit for a metric's label, and a message for people. Pure: no clock, no client.
+//! In: the forecast object, the question as it should be now, the time, the policy, who wants the migration, an override, whether a
+//! migration can be held. Out: an action, a verdict, a reason fit for a metric's label, and a message for people. Pure: no clock, no client.
 //!
-//! | | `Converges`, `Unknown` | `Borderline` | `Fails` |
-//! |---|---|---|---|
-//! | `Audit` | allow | allow | allow |
-//! | `Warn` | allow | warn | warn |
-//! | `Enforce` | allow | warn | deny (evacuations, workload updates and migrations that KubeVirt would force through: warn) |
+//! The table of what happens is in `docs/architecture.md`; the test `the_documents_table` reads it and holds the code to it.
 
 mod message;
 
@@ -17,10 +13,12 @@ use crate::{
     api::{
         MigrationForecast, MigrationForecastSpec,
         forecast::{BudgetEnd, is_fresh},
-        names::{kubevirt, reason},
-        policy::Mode,
+        kubevirt::{VirtualMachineInstance, VirtualMachineInstanceMigration},
+        migration_override::MigrationOverride,
+        names::{self, reason},
+        policy::{DryRunMode, Evacuations, Mode, PredictionPolicy},
     },
-    model::forecast::{Forecast, Verdict},
+    model::forecast::{Forecast, Method, Verdict},
 };
 
 /// At most this probability is beyond hope.
@@ -36,21 +34,59 @@ pub enum Origin {
     Person,
     /// A drain or an eviction: KubeVirt asks again for ever.
     Evacuation,
+    /// The descheduler, through an eviction.
+    Descheduler,
     /// KubeVirt's workload updater.
     WorkloadUpdate,
 }
 
 impl Origin {
-    /// From the annotations of a VirtualMachineInstanceMigration.
-    pub fn of(annotations: &std::collections::BTreeMap<String, String>) -> Self {
-        if annotations.contains_key(kubevirt::EVACUATION) {
-            Self::Evacuation
-        } else if annotations.contains_key(kubevirt::WORKLOAD_UPDATE) {
+    /// From a migration, and what is known of its VM.
+    pub fn of(migration: &VirtualMachineInstanceMigration, vmi: Option<&VirtualMachineInstance>) -> Self {
+        let annotations = migration.metadata.annotations.as_ref();
+        let has = |key: &str| annotations.is_some_and(|annotations| annotations.contains_key(key));
+        let evicted_by = vmi.and_then(|vmi| vmi.metadata.annotations.as_ref()?.get(names::kubevirt::EVICTION_SOURCE));
+        if has(names::kubevirt::EVACUATION) {
+            if evicted_by.is_some_and(|source| source == names::kubevirt::DESCHEDULER) {
+                Self::Descheduler
+            } else {
+                Self::Evacuation
+            }
+        } else if has(names::kubevirt::WORKLOAD_UPDATE) {
             Self::WorkloadUpdate
         } else {
             Self::Person
         }
     }
+
+    /// KubeVirt itself wants it, and would ask again and again.
+    pub fn is_kubevirts(self) -> bool {
+        self != Self::Person
+    }
+}
+
+/// Can a migration be held back now?
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Room {
+    /// Yes.
+    Free,
+    /// As many are held as the policy allows.
+    Full,
+    /// No manager is alive to let it go again.
+    NoManager,
+    /// This one has been held for as long as the policy allows.
+    OutOfTime,
+}
+
+/// How far the migration is that is decided about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Stage {
+    /// Nobody has asked for one: what would be said of a person's.
+    Nobody,
+    /// It is asked for now.
+    Request,
+    /// It has been let through, and nothing is transferred yet. It is not denied for the want of room.
+    Admitted,
 }
 
 /// Everything a decision depends on.
@@ -66,12 +102,16 @@ pub struct Input<'a> {
     pub leaves_cluster: bool,
     /// Now.
     pub now: Timestamp,
-    /// What the policy wants done.
-    pub mode: Mode,
-    /// The policy's name; `None`: the built-in one.
-    pub policy: Option<&'a str>,
+    /// The policy that applies; `None`: the built-in one, which only audits.
+    pub policy: Option<&'a PredictionPolicy>,
     /// Who wants the migration.
     pub origin: Origin,
+    /// An override of the VM's that is in force.
+    pub overridden: Option<&'a MigrationOverride>,
+    /// Could it be held?
+    pub room: Room,
+    /// How far it is.
+    pub stage: Stage,
 }
 
 /// What happens to the request.
@@ -81,6 +121,8 @@ pub enum Action {
     Allow,
     /// It passes; whoever made it is told.
     AllowWithWarning,
+    /// It passes, and is held back before anything is transferred until a dry run has tried it out.
+    Hold,
     /// It is refused.
     Deny,
 }
@@ -91,6 +133,7 @@ impl Action {
         match self {
             Self::Allow => "allow",
             Self::AllowWithWarning => "warn",
+            Self::Hold => "hold",
             Self::Deny => "deny",
         }
     }
@@ -118,19 +161,16 @@ pub enum Assessment {
     Unknown(&'static str, String),
 }
 
-/// Does the stored answer count, here and now?
-pub fn assess(input: &Input<'_>) -> Assessment {
+/// Does the stored answer count for the question as it should be now (`None`: the VM is not known, or does not run)?
+pub fn assess(forecast: Option<&MigrationForecast>, present: Option<&MigrationForecastSpec>, now: Timestamp) -> Assessment {
     let unknown = |why, message: &str| Assessment::Unknown(why, message.to_owned());
-    if input.leaves_cluster {
-        return unknown(reason::OUTSIDE_MODEL, "the VM leaves the cluster (sendTo), which the model does not cover");
-    }
-    let Some(present) = input.present else {
+    let Some(present) = present else {
         return unknown(reason::NO_ANSWER, "the VM is not known here, or does not run");
     };
     if let Some(why) = &present.outside_model {
         return unknown(reason::OUTSIDE_MODEL, why);
     }
-    let Some(forecast) = input.forecast else {
+    let Some(forecast) = forecast else {
         return unknown(reason::NO_ANSWER, "no forecast has been asked for yet");
     };
     let Some(status) = forecast.answer_to(present) else {
@@ -148,7 +188,7 @@ pub fn assess(input: &Input<'_>) -> Assessment {
     if status.verdict == Some(Verdict::Unknown) {
         return unknown(reason::NOT_MEASURED, status.message.as_deref().unwrap_or("the agent could not measure the VM"));
     }
-    if !is_fresh(status.measured_at.as_ref(), input.now) {
+    if !is_fresh(status.measured_at.as_ref(), now) {
         return unknown(
             reason::STALE,
             "the VM has not been looked at for more than 20 minutes (is the agent on its node running, and well?)",
@@ -163,18 +203,22 @@ pub fn assess(input: &Input<'_>) -> Assessment {
     }
 }
 
-/// Allow, warn or deny.
+/// Allow, warn, hold or deny.
 pub fn decide(input: &Input<'_>) -> Decision {
-    let (forecast, present) = match (assess(input), input.present) {
+    if input.leaves_cluster {
+        return unknown(input, reason::OUTSIDE_MODEL, "the VM leaves the cluster (sendTo), which the model does not cover");
+    }
+    let (forecast, present) = match (assess(input.forecast, input.present, input.now), input.present) {
         (Assessment::Known(forecast), Some(present)) => (forecast, present),
         (Assessment::Unknown(reason, message), _) => return unknown(input, reason, &message),
         (Assessment::Known(_), None) => return unknown(input, reason::NO_ANSWER, "the VM is not known here"),
     };
+    let action = act(input, present, &forecast);
     Decision {
-        action: act(input, present, forecast.verdict),
+        action,
         verdict: forecast.verdict,
         reason: reason_of(&forecast, present),
-        message: message::compose(input, present, &forecast),
+        message: message::compose(input, present, &forecast, if input.stage == Stage::Nobody { Action::Allow } else { action }),
     }
 }
 
@@ -183,12 +227,39 @@ fn unknown(input: &Input<'_>, reason: &'static str, message: &str) -> Decision {
     Decision { action: Action::Allow, verdict: Verdict::Unknown, reason, message }
 }
 
-fn act(input: &Input<'_>, present: &MigrationForecastSpec, verdict: Verdict) -> Action {
-    match (input.mode, verdict) {
-        (Mode::Audit, _) | (_, Verdict::Converges | Verdict::Unknown) => Action::Allow,
-        (Mode::Enforce, Verdict::Fails) if input.origin == Origin::Person && !is_forced(present) => Action::Deny,
-        (Mode::Warn | Mode::Enforce, Verdict::Borderline | Verdict::Fails) => Action::AllowWithWarning,
+fn act(input: &Input<'_>, present: &MigrationForecastSpec, forecast: &Forecast) -> Action {
+    let Some(policy) = input.policy.map(|policy| &policy.spec) else { return Action::Allow };
+    if policy.mode == Mode::Audit || matches!(forecast.verdict, Verdict::Converges | Verdict::Unknown) {
+        return Action::Allow;
     }
+    let kubevirts = input.origin.is_kubevirts();
+    let lenient = kubevirts && policy.evacuations == Evacuations::Warn;
+    if policy.mode == Mode::Warn || input.overridden.is_some() || is_forced(present) || lenient {
+        return Action::AllowWithWarning;
+    }
+    if policy.dry_run.as_ref().is_some_and(|dry_run| dry_run.mode != DryRunMode::Never)
+        && leaves_a_doubt(input, present, forecast)
+    {
+        match input.room {
+            Room::Free => return Action::Hold,
+            // It was told that it would be held: that there is no room is not its fault.
+            Room::Full | Room::NoManager if input.stage == Stage::Admitted => return Action::AllowWithWarning,
+            Room::Full | Room::NoManager | Room::OutOfTime => {}
+        }
+    }
+    match forecast.verdict {
+        Verdict::Fails if !kubevirts || policy.evacuations == Evacuations::Deny => Action::Deny,
+        _ => Action::AllowWithWarning,
+    }
+}
+
+/// A dry run could tell more than what is known: the pattern alone speaks, it is not beyond hope, and none has been tried lately.
+fn leaves_a_doubt(input: &Input<'_>, present: &MigrationForecastSpec, forecast: &Forecast) -> bool {
+    let hopeless = forecast.verdict == Verdict::Fails && forecast.probability <= HOPELESS;
+    let tried = input.forecast.and_then(|forecast| forecast.status.as_ref()?.dry_run.as_ref());
+    forecast.method == Method::PatternCollector
+        && !hopeless
+        && !tried.is_some_and(|tried| tried.is_over(&present.fingerprint(), input.now))
 }
 
 /// KubeVirt's configuration makes it end all the same, at the guest's expense.

@@ -9,9 +9,10 @@ use proptest::prelude::*;
 use super::*;
 use crate::{
     api::{
-        MigrationForecastStatus, convert,
-        dry_run::DryRun,
+        MigrationForecastStatus, MigrationOverrideSpec, PredictionPolicySpec, convert,
+        dry_run::{DryRun, DryRunPhase, DryRunStatus},
         forecast::{BandwidthSource, Sla},
+        policy::DryRunPolicy,
         scalar,
     },
     model::forecast::{Bounds, Method},
@@ -76,6 +77,15 @@ fn object(spec: MigrationForecastSpec, forecast: &Forecast, age_seconds: i64) ->
     object
 }
 
+fn policy(mode: Mode) -> PredictionPolicy {
+    PredictionPolicy::new("strict", PredictionPolicySpec { mode, ..PredictionPolicySpec::default() })
+}
+
+/// Never freed: tests are short.
+fn leaked(mode: Mode) -> &'static PredictionPolicy {
+    Box::leak(Box::new(policy(mode)))
+}
+
 fn input<'a>(forecast: &'a MigrationForecast, present: &'a MigrationForecastSpec, mode: Mode) -> Input<'a> {
     Input {
         vm: "default/wild",
@@ -83,42 +93,171 @@ fn input<'a>(forecast: &'a MigrationForecast, present: &'a MigrationForecastSpec
         present: Some(present),
         leaves_cluster: false,
         now: now(),
-        mode,
-        policy: Some("strict"),
+        policy: Some(leaked(mode)),
         origin: Origin::Person,
+        overridden: None,
+        room: Room::Free,
+        stage: Stage::Request,
     }
 }
 
+fn lasting(reason: &str) -> MigrationOverride {
+    let spec =
+        MigrationOverrideSpec { vmi_name: "wild".into(), reason: reason.into(), expires_after: Duration::from_secs(3600).into() };
+    MigrationOverride::new("by-hand", spec)
+}
+
+/// The document's table, row by row, is what the code does.
 #[test]
-fn the_table() {
-    use Action::{Allow, AllowWithWarning as Warns, Deny};
-    for (verdict, p, audit, warn, enforce) in [
-        (Verdict::Converges, 1.0, Allow, Allow, Allow),
-        (Verdict::Borderline, 0.5, Allow, Warns, Warns),
-        (Verdict::Fails, 0.1, Allow, Warns, Deny),
-        (Verdict::Fails, 0.0, Allow, Warns, Deny),
-    ] {
-        let object = object(spec(), &model(verdict, p), MINUTE);
-        for (mode, expected) in [(Mode::Audit, audit), (Mode::Warn, warn), (Mode::Enforce, enforce)] {
-            let present = spec();
-            let decision = decide(&input(&object, &present, mode));
-            assert_eq!((decision.action, decision.verdict), (expected, verdict), "{verdict:?} {mode:?}");
+fn the_documents_table() {
+    use Action::{Allow, AllowWithWarning as Warns, Deny, Hold};
+    let document = include_str!("../../docs/architecture.md");
+    let rows: Vec<Vec<&str>> = document
+        .lines()
+        .skip_while(|line| !line.starts_with("| mode | verdict | a person |"))
+        .skip(2)
+        .take_while(|line| line.starts_with('|'))
+        .map(|line| line.trim_matches('|').split('|').map(str::trim).collect())
+        .collect();
+    assert_eq!(rows.len(), 7, "the table of docs/architecture.md is not where it was: {rows:?}");
+    let action = |words: &str| match words {
+        "allow" => Allow,
+        "warn" => Warns,
+        "**deny**" => Deny,
+        other => unreachable!("{other}"),
+    };
+    let mut cells = 0;
+    for row in &rows {
+        let [mode, verdicts, person, warn, hold, deny] = row[..] else { unreachable!("{row:?}") };
+        let modes = match mode {
+            "`Audit`" => Mode::Audit,
+            "`Warn`" => Mode::Warn,
+            "`Enforce`" => Mode::Enforce,
+            other => unreachable!("{other}"),
+        };
+        let cases: &[(Verdict, f64)] = match verdicts {
+            "any" => &[(Verdict::Converges, 1.0), (Verdict::Borderline, 0.5), (Verdict::Fails, 0.0), (Verdict::Unknown, 0.0)],
+            "`Converges`, `Unknown`" => &[(Verdict::Converges, 1.0), (Verdict::Unknown, 0.0)],
+            "`Borderline`, `Fails`" => &[(Verdict::Borderline, 0.5), (Verdict::Fails, 0.1), (Verdict::Fails, 0.0)],
+            "`Borderline`" => &[(Verdict::Borderline, 0.11), (Verdict::Borderline, 0.89)],
+            "`Fails`, p > 0.02" => &[(Verdict::Fails, 0.021), (Verdict::Fails, 0.1)],
+            "`Fails`, p ≤ 0.02" => &[(Verdict::Fails, 0.02), (Verdict::Fails, 0.0)],
+            other => unreachable!("{other}"),
+        };
+        let kubevirts = [Origin::Evacuation, Origin::Descheduler, Origin::WorkloadUpdate];
+        let columns = [
+            (person, &[Origin::Person][..], Evacuations::Warn),
+            (warn, &kubevirts[..], Evacuations::Warn),
+            (hold, &kubevirts[..], Evacuations::Hold),
+            (deny, &kubevirts[..], Evacuations::Deny),
+        ];
+        for ((cell, origins, evacuations), &(verdict, p)) in
+            columns.into_iter().flat_map(|column| cases.iter().map(move |case| (column, case)))
+        {
+            let (first, second) = cell.split_once(", else ").map_or((None, cell), |(hold, other)| (Some(hold), other));
+            for &origin in origins {
+                for (dry_run, room) in [
+                    (DryRunMode::Never, Room::Free),
+                    (DryRunMode::OnDemand, Room::Free),
+                    (DryRunMode::OnDoubt, Room::Free),
+                    (DryRunMode::OnDemand, Room::OutOfTime),
+                    (DryRunMode::OnDemand, Room::Full),
+                    (DryRunMode::OnDemand, Room::NoManager),
+                ] {
+                    let can_hold = dry_run != DryRunMode::Never && room == Room::Free;
+                    let expected = match first {
+                        Some("hold") if can_hold => Hold,
+                        Some("hold") | None => action(second),
+                        Some(other) => unreachable!("{other}"),
+                    };
+                    let mut policy = policy(modes);
+                    policy.spec.evacuations = evacuations;
+                    policy.spec.dry_run = Some(DryRunPolicy { mode: dry_run, ..DryRunPolicy::default() });
+                    let (object, present) = (object(spec(), &model(verdict, p), MINUTE), spec());
+                    let input = Input { origin, room, policy: Some(&policy), ..input(&object, &present, modes) };
+                    assert_eq!(
+                        decide(&input).action,
+                        expected,
+                        "{mode} {verdict:?} {p} {origin:?} {evacuations:?} {dry_run:?} {room:?}"
+                    );
+                    cells += 1;
+                }
+            }
         }
     }
+    assert_eq!(cells, 17 * 6 * 10, "every case of every column");
 }
 
 #[test]
-fn drains_and_updates_are_only_warned() {
-    let (object, present) = (object(spec(), &model(Verdict::Fails, 0.0), MINUTE), spec());
-    for origin in [Origin::Evacuation, Origin::WorkloadUpdate] {
-        let decision = decide(&Input { origin, ..input(&object, &present, Mode::Enforce) });
-        assert_eq!(decision.action, Action::AllowWithWarning);
-        assert!(!decision.message.contains("patch predictionpolicy"), "nothing was denied: {}", decision.message);
+fn what_was_let_through_is_not_denied_for_the_want_of_room() {
+    let (object, present) = (object(spec(), &model(Verdict::Fails, 0.05), MINUTE), spec());
+    let mut policy = policy(Mode::Enforce);
+    policy.spec.dry_run = Some(DryRunPolicy { mode: DryRunMode::OnDemand, ..DryRunPolicy::default() });
+    let input = Input { policy: Some(&policy), stage: Stage::Admitted, ..input(&object, &present, Mode::Enforce) };
+    for (room, expected) in [
+        (Room::Free, Action::Hold),
+        (Room::Full, Action::AllowWithWarning),
+        (Room::NoManager, Action::AllowWithWarning),
+        // The policy's deadline is over, and it still would fail.
+        (Room::OutOfTime, Action::Deny),
+    ] {
+        assert_eq!(decide(&Input { room, ..input.clone() }).action, expected, "{room:?}");
     }
-    for (key, origin) in
-        [(kubevirt::EVACUATION, Origin::Evacuation), (kubevirt::WORKLOAD_UPDATE, Origin::WorkloadUpdate), ("x", Origin::Person)]
-    {
-        assert_eq!(Origin::of(&[(key.to_owned(), String::new())].into()), origin);
+}
+
+#[test]
+fn a_dry_run_that_ended_without_a_result_is_not_waited_for() {
+    let (mut object, present) = (object(spec(), &model(Verdict::Borderline, 0.5), MINUTE), spec());
+    let mut policy = policy(Mode::Enforce);
+    policy.spec.dry_run = Some(DryRunPolicy { mode: DryRunMode::OnDemand, ..DryRunPolicy::default() });
+    let status = |phase| DryRunStatus {
+        completed_at: Some(Time(now())),
+        ..DryRunStatus::new("doubt-1", present.fingerprint(), phase, "")
+    };
+    for (phase, expected) in [
+        (DryRunPhase::Waiting, Action::Hold),
+        (DryRunPhase::Running, Action::Hold),
+        (DryRunPhase::Refused, Action::AllowWithWarning),
+        (DryRunPhase::Failed, Action::AllowWithWarning),
+        (DryRunPhase::Cancelled, Action::AllowWithWarning),
+    ] {
+        object.status.as_mut().unwrap().dry_run = Some(status(phase));
+        let input = Input { policy: Some(&policy), ..input(&object, &present, Mode::Enforce) };
+        assert_eq!(decide(&input).action, expected, "{phase:?}");
+    }
+}
+
+#[test]
+fn an_override_lets_through_and_says_so() {
+    let (object, present) = (object(spec(), &model(Verdict::Fails, 0.0), MINUTE), spec());
+    let by = lasting("the rack\nis on fire");
+    let decision = decide(&Input { overridden: Some(&by), ..input(&object, &present, Mode::Enforce) });
+    assert_eq!(decision.action, Action::AllowWithWarning);
+    assert!(
+        decision.message.contains("The MigrationOverride by-hand lets it through (the rack is on fire)."),
+        "{}",
+        decision.message
+    );
+    let audited = decide(&Input { overridden: Some(&by), ..input(&object, &present, Mode::Audit) });
+    assert_eq!(audited.action, Action::Allow);
+}
+
+#[test]
+fn who_wants_it_is_read_off_the_migration_and_its_vm() {
+    let migration = |key: &str| -> VirtualMachineInstanceMigration {
+        serde_json::from_value(serde_json::json!({ "metadata": { "annotations": { key: "" } } })).unwrap()
+    };
+    let evicted: VirtualMachineInstance = serde_json::from_value(
+        serde_json::json!({ "metadata": { "annotations": { names::kubevirt::EVICTION_SOURCE: "descheduler" } } }),
+    )
+    .unwrap();
+    for (key, vmi, origin) in [
+        (names::kubevirt::EVACUATION, None, Origin::Evacuation),
+        (names::kubevirt::EVACUATION, Some(&evicted), Origin::Descheduler),
+        (names::kubevirt::WORKLOAD_UPDATE, Some(&evicted), Origin::WorkloadUpdate),
+        ("x", Some(&evicted), Origin::Person),
+    ] {
+        assert_eq!(Origin::of(&migration(key), vmi), origin);
     }
 }
 
@@ -241,8 +380,8 @@ fn a_denial_says_what_would_happen_what_it_needs_and_the_ways_out() {
         "migvisor forecasts that the live migration of default/wild would fail: at 100 MiB/s it would still be copying when its time budget of \
          5 min is over, having sent 29.0 GiB for 1.0 GiB of memory, because the guest dirties memory faster than that carries it. KubeVirt would \
          then abort it. It needs at least 180 MiB/s. Ways out: raise bandwidthPerMigration to at least 180Mi; allow post-copy or the throttling of the guest (allowPostCopy, allowAutoConverge); migrate when the guest writes \
-         less; let it through all the same: kubectl patch predictionpolicy strict --type=merge -p '{\"spec\":{\"mode\":\"Warn\"}}', or delete the \
-         policy."
+         less; let it through all the same: echo '{\"apiVersion\":\"migvisor.io/v1alpha1\",\"kind\":\"MigrationOverride\",\"metadata\":{\"generateName\":\"wild-\"},\"spec\":{\"vmiName\":\"wild\",\"reason\":\"WHY\"}}' \
+         | kubectl create -n default -f -."
     );
 }
 
@@ -267,15 +406,30 @@ fn modes() -> impl Strategy<Value = Mode> {
 }
 
 fn origins() -> impl Strategy<Value = Origin> {
-    prop::sample::select(vec![Origin::Person, Origin::Evacuation, Origin::WorkloadUpdate])
+    prop::sample::select(vec![Origin::Person, Origin::Evacuation, Origin::Descheduler, Origin::WorkloadUpdate])
+}
+
+fn rooms() -> impl Strategy<Value = Room> {
+    prop::sample::select(vec![Room::Free, Room::Full, Room::NoManager, Room::OutOfTime])
+}
+
+fn policies() -> impl Strategy<Value = PredictionPolicy> {
+    let dry_runs = prop::sample::select(vec![DryRunMode::Never, DryRunMode::OnDemand, DryRunMode::OnDoubt]);
+    let evacuations = prop::sample::select(vec![Evacuations::Warn, Evacuations::Hold, Evacuations::Deny]);
+    (modes(), dry_runs, evacuations).prop_map(|(mode, dry_run, evacuations)| {
+        let mut policy = policy(mode);
+        policy.spec.dry_run = Some(DryRunPolicy { mode: dry_run, ..DryRunPolicy::default() });
+        policy.spec.evacuations = evacuations;
+        policy
+    })
 }
 
 proptest! {
     #[test]
     fn it_keeps_its_promises(
-        (verdict, p) in verdicts(), mode in modes(), origin in origins(), age in -100_000..100_000_i64, generation in 3..6_i64, answers: bool, asks: bool,
+        (verdict, p) in verdicts(), policy in policies(), origin in origins(), age in -100_000..100_000_i64, generation in 3..6_i64, answers: bool, asks: bool,
         moved in prop::bool::weighted(0.1), leaves_cluster in prop::bool::weighted(0.1), lcb in prop::option::of(0..u64::MAX), sla_exceeded: bool,
-        total_ms in prop::num::f64::ANY, budget: bool,
+        (total_ms, budget, overridden, room, admitted) in (prop::num::f64::ANY, any::<bool>(), any::<bool>(), rooms(), any::<bool>()),
     ) {
         let spec = MigrationForecastSpec { time_budget: spec().time_budget.filter(|_| budget), ..spec() };
         let forecast = Forecast { least_convergent_bandwidth: lcb, sla_exceeded, total_ms, ..model(verdict, p) };
@@ -286,7 +440,11 @@ proptest! {
             object.status.as_mut().unwrap().question = Some("0123456789abcdef".to_owned());
         }
         let present = if moved { MigrationForecastSpec { node_name: "elsewhere".into(), ..spec } } else { spec };
-        let input = Input { leaves_cluster, origin, ..input(&object, &present, mode) };
+        let by = lasting("why not");
+        let stage = if admitted { Stage::Admitted } else { Stage::Request };
+        let input = Input {
+            leaves_cluster, origin, room, stage, policy: Some(&policy), overridden: overridden.then_some(&by), ..input(&object, &present, Mode::Audit)
+        };
         let decision = decide(&input);
 
         prop_assert_eq!(&decision, &decide(&input), "the same input, the same answer");
@@ -294,23 +452,37 @@ proptest! {
         if !counts {
             prop_assert_eq!((decision.action, decision.verdict), (Action::Allow, Verdict::Unknown), "what is not known passes in silence");
         }
-        let strictest = match mode { Mode::Audit => Action::Allow, Mode::Warn => Action::AllowWithWarning, Mode::Enforce => Action::Deny };
-        prop_assert!(decision.action <= strictest, "never stricter than the mode");
+        let strictest = match policy.spec.mode { Mode::Audit => Action::Allow, Mode::Warn => Action::AllowWithWarning, Mode::Enforce => Action::Deny };
+        prop_assert!(decision.action <= strictest, "never stricter than the policy");
+        let evacuations = policy.spec.evacuations;
         if decision.action == Action::Deny {
-            prop_assert!(origin == Origin::Person && decision.verdict == Verdict::Fails && p <= 0.1 + 1e-4);
+            prop_assert!(decision.verdict == Verdict::Fails && p <= 0.1 + 1e-4);
+            prop_assert!(origin == Origin::Person || evacuations == Evacuations::Deny, "a drain is denied only where the policy says so");
+        }
+        if decision.action == Action::Hold {
+            prop_assert!(room == Room::Free && policy.spec.dry_run.unwrap().mode != DryRunMode::Never);
+            prop_assert!(origin == Origin::Person || evacuations != Evacuations::Warn, "a drain is held only where the policy says so");
+        }
+        if overridden {
+            prop_assert!(decision.action <= Action::AllowWithWarning, "an override is never ignored");
         }
         if decision.verdict == Verdict::Converges {
             prop_assert_eq!(decision.action, Action::Allow);
         }
-        prop_assert!(!decision.message.contains('\n') && decision.message.len() < 1500 && decision.message.starts_with("migvisor "));
+        prop_assert!(!decision.message.contains('\n') && decision.message.len() < 1800 && decision.message.starts_with("migvisor "));
     }
 
     /// A stricter mode never does less.
     #[test]
-    fn modes_are_monotone((verdict, p) in verdicts(), origin in origins()) {
+    fn modes_are_monotone((verdict, p) in verdicts(), origin in origins(), policy in policies(), room in rooms()) {
         let (object, present) = (object(spec(), &model(verdict, p), MINUTE), spec());
         let actions: Vec<_> = [Mode::Audit, Mode::Warn, Mode::Enforce]
-            .map(|mode| decide(&Input { origin, ..input(&object, &present, mode) }).action).into();
+            .map(|mode| {
+                let mut policy = policy.clone();
+                policy.spec.mode = mode;
+                decide(&Input { origin, room, policy: Some(&policy), ..input(&object, &present, mode) }).action
+            })
+            .into();
         prop_assert!(actions.is_sorted());
     }
 }

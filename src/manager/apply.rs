@@ -1,11 +1,15 @@
-//! Writes what [`super::observe`] decided, and nothing else: the manager's part of forecasts, and events. Never a VM, never a migration.
+//! Writes what [`super::observe`] and [`super::hold`] decided, and nothing else: the manager's part of forecasts, the removal of our gate from a
+//! target pod, the deletion of a migration that is abandoned, and events. Never a VM.
 
 use std::{fmt, time::Duration};
 
-use k8s_openapi::api::core::v1::ObjectReference;
+use k8s_openapi::{
+    NamespaceResourceScope,
+    api::core::v1::{ObjectReference, Pod},
+};
 use kube::{
-    Api, Client, ResourceExt,
-    api::{DeleteParams, Patch, PatchParams, Preconditions},
+    Api, Client, Resource, ResourceExt,
+    api::{ApiResource, DeleteParams, DynamicObject, Patch, PatchParams, Preconditions},
     runtime::events::{Event, EventType, Recorder, Reporter},
 };
 use serde_json::json;
@@ -16,7 +20,7 @@ use super::{
     metrics::ManagerMetrics,
     observe::{Notice, OwnStatus},
 };
-use crate::api::{MigrationForecast, names};
+use crate::api::{MigrationForecast, kubevirt::VirtualMachineInstanceMigration, names};
 
 /// An API server that takes longer is treated as one that is away.
 const PATIENCE: Duration = Duration::from_secs(15);
@@ -67,20 +71,23 @@ impl Writer {
         Self { client, recorder, metrics }
     }
 
-    fn api(&self, forecast: &MigrationForecast) -> Api<MigrationForecast> {
-        Api::namespaced(self.client.clone(), forecast.metadata.namespace.as_deref().unwrap_or_default())
+    fn namespaced<K>(&self, object: &K) -> Api<K>
+    where
+        K: Resource<DynamicType = (), Scope = NamespaceResourceScope>,
+    {
+        Api::namespaced(self.client.clone(), object.meta().namespace.as_deref().unwrap_or_default())
     }
 
     /// Writes the question.
     pub(super) async fn ask(&self, wanted: &MigrationForecast) -> Result<(), WriteError> {
-        let (api, name) = (self.api(wanted), wanted.name_any());
+        let (api, name) = (self.namespaced(wanted), wanted.name_any());
         let parameters = PatchParams::apply(names::MANAGER).force();
         self.write("apply", "forecast", wanted, api.patch(&name, &parameters, &Patch::Apply(wanted))).await.map(drop)
     }
 
     /// Writes the manager's part of the status.
     pub(super) async fn tell(&self, forecast: &MigrationForecast, own: &OwnStatus) -> Result<(), WriteError> {
-        let (api, name) = (self.api(forecast), forecast.name_any());
+        let (api, name) = (self.namespaced(forecast), forecast.name_any());
         let mut status = json!({ "conditions": own.conditions });
         if let (Some(outcome), Some(fields)) = (&own.outcome, status.as_object_mut()) {
             fields.insert("outcome".to_owned(), json!(outcome));
@@ -97,17 +104,29 @@ impl Writer {
 
     /// Deletes a forecast that nothing is to be asked by any more, if it still is the one that was seen.
     pub(super) async fn delete(&self, forecast: &MigrationForecast) -> Result<(), WriteError> {
-        let (api, name) = (self.api(forecast), forecast.name_any());
-        let parameters = DeleteParams {
-            preconditions: Some(Preconditions { uid: forecast.uid(), resource_version: None }),
-            ..DeleteParams::default()
-        };
-        match self.write("delete", "forecast", forecast, api.delete(&name, &parameters)).await {
-            Err(WriteError::Refused { source, .. }) if matches!(&*source, kube::Error::Api(status) if status.code == 404) => {
-                Ok(())
-            }
-            result => result.map(drop),
-        }
+        let (api, name, parameters) = (self.namespaced(forecast), forecast.name_any(), only_this(forecast.uid()));
+        gone_is_done(self.write("delete", "forecast", forecast, api.delete(&name, &parameters)).await)
+    }
+
+    /// Takes our gate off a target pod, if it still is the one that was seen.
+    pub(super) async fn let_go(&self, pod: &Pod) -> Result<(), WriteError> {
+        let (api, name): (Api<Pod>, _) = (self.namespaced(pod), pod.name_any());
+        let patch = json!({
+            "metadata": { "uid": pod.metadata.uid },
+            "spec": { "schedulingGates": [{ "name": names::GATE, "$patch": "delete" }] },
+        });
+        let parameters = PatchParams { field_manager: Some(names::MANAGER.to_owned()), ..PatchParams::default() };
+        gone_is_done(self.write("take the gate off", "pod", pod, api.patch(&name, &parameters, &Patch::Strategic(patch))).await)
+    }
+
+    /// Deletes a migration, if it still is the one that was seen.
+    pub(super) async fn abandon(&self, migration: &VirtualMachineInstanceMigration) -> Result<(), WriteError> {
+        // Our type knows a part of it: a deletion is answered with the whole, or with a status.
+        let resource = ApiResource::erase::<VirtualMachineInstanceMigration>(&());
+        let namespace = migration.metadata.namespace.as_deref().unwrap_or_default();
+        let api: Api<DynamicObject> = Api::namespaced_with(self.client.clone(), namespace, &resource);
+        let (name, parameters) = (migration.name_any(), only_this(migration.uid()));
+        gone_is_done(self.write("delete", "migration", migration, api.delete(&name, &parameters)).await)
     }
 
     /// Publishes an event. Events are a courtesy: a failure is logged, and nothing waits for it.
@@ -133,14 +152,14 @@ impl Writer {
         }
     }
 
-    async fn write<T>(
+    async fn write<K: Resource<DynamicType = ()>, T>(
         &self,
         what: &'static str,
         label: &str,
-        forecast: &MigrationForecast,
+        about: &K,
         call: impl Future<Output = kube::Result<T>>,
     ) -> Result<T, WriteError> {
-        let object = || format!("MigrationForecast {}/{}", forecast.namespace().unwrap_or_default(), forecast.name_any());
+        let object = || format!("{} {}/{}", K::kind(&()), about.namespace().unwrap_or_default(), about.name_any());
         let result = match timeout(PATIENCE, call).await {
             Ok(Ok(done)) => Ok(done),
             Ok(Err(source)) => Err(WriteError::Refused { what, object: object(), source: Box::new(source) }),
@@ -152,5 +171,20 @@ impl Writer {
 
     fn count(&self, label: &str, worked: bool) {
         self.metrics.writes.with_label_values(&[label, if worked { "success" } else { "failure" }]).inc();
+    }
+}
+
+/// A deletion of this object and of no other one of its name.
+fn only_this(uid: Option<String>) -> DeleteParams {
+    DeleteParams { preconditions: Some(Preconditions { uid, resource_version: None }), ..DeleteParams::default() }
+}
+
+/// What is to go and is not there any more has gone; nor is another object of its name ours to end.
+fn gone_is_done<T>(result: Result<T, WriteError>) -> Result<(), WriteError> {
+    match result {
+        Err(WriteError::Refused { source, .. }) if matches!(&*source, kube::Error::Api(status) if matches!(status.code, 404 | 409)) => {
+            Ok(())
+        }
+        result => result.map(drop),
     }
 }

@@ -1,10 +1,10 @@
-//! Whether a dry run in the background is wanted for a VM, and which. Pure: what it depends on is its input.
+//! Whether a dry run is wanted for a VM, in the background or by a migration that is held for it, and which. Pure: what it depends on is its input.
 //!
 //! In: the policy, the question as it should be, what is stored, how migrations would be carried. Out: a [`Wish`], which the manager
 //! writes as `spec.dryRun` or takes away. What somebody else asks for is left alone until it has been answered and that answer is stale.
 //!
 //! ```text
-//! no policy for it, a migration under way, outside the model, another question ──▶ Nothing (ours is withdrawn)
+//! no policy for it, a migration that nobody holds, outside the model, another question ──▶ Nothing (ours is withdrawn)
 //! ours stands: waiting, running, or answered not long ago ──────────────────────▶ Run (the same)
 //! somebody else's stands, or this question was tried out not long ago ──────────▶ Nothing
 //! a fresh answer from the pattern says Fails or Borderline ─────────────────────▶ Run (a new one), or Queue while its node is busy
@@ -21,7 +21,7 @@ use crate::{
         kubevirt::VirtualMachineInstance,
         policy::{DryRunMode, DryRunPolicy},
     },
-    decision::{self, Assessment, Input, Origin},
+    decision::{self, Assessment},
     model::forecast::{Method, Verdict},
 };
 
@@ -54,6 +54,15 @@ impl Carriage {
     }
 }
 
+/// A migration of the VM that is not final.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// It is held, and waits for the dry run.
+    Held,
+    /// Nobody holds it: a dry run would be in its way.
+    Open,
+}
+
 /// Everything it depends on.
 #[derive(Debug, Clone, Copy)]
 pub struct Case<'a> {
@@ -65,8 +74,8 @@ pub struct Case<'a> {
     pub stored: Option<&'a MigrationForecast>,
     /// How a migration would be carried.
     pub carriage: Carriage,
-    /// A migration of the VM is under way that nobody holds.
-    pub in_flight: bool,
+    /// The VM's migration, if one is under way.
+    pub migration: Option<Way>,
     /// Now.
     pub now: Timestamp,
 }
@@ -102,10 +111,13 @@ fn answered<'a>(forecast: &'a MigrationForecast, id: &str) -> Option<&'a DryRunS
 /// What is wanted now. `busy` counts the other dry runs of the manager's that are open on the VM's node; it is asked only where that
 /// matters.
 pub fn wish(case: &Case<'_>, busy: impl FnOnce() -> u64) -> Wish {
-    let (Some(policy), Some(stored)) = (case.policy.filter(|policy| policy.mode == DryRunMode::OnDoubt), case.stored) else {
-        return Wish::Nothing;
+    let wanted = |policy: &&DryRunPolicy| match case.migration {
+        None => policy.mode == DryRunMode::OnDoubt,
+        Some(Way::Held) => policy.mode != DryRunMode::Never,
+        Some(Way::Open) => false,
     };
-    if case.in_flight || case.present.outside_model.is_some() {
+    let (Some(policy), Some(stored)) = (case.policy.filter(wanted), case.stored) else { return Wish::Nothing };
+    if case.present.outside_model.is_some() {
         return Wish::Nothing;
     }
     let question = case.present.fingerprint();
@@ -123,13 +135,12 @@ pub fn wish(case: &Case<'_>, busy: impl FnOnce() -> u64) -> Wish {
         }
     }
     let tried = stored.status.as_ref().and_then(|status| status.dry_run.as_ref());
-    if tried.is_some_and(|tried| {
-        tried.question.as_ref() == Some(&question) && tried.phase.is_final() && is_fresh(tried.completed_at.as_ref(), case.now)
-    }) {
+    if tried.is_some_and(|tried| tried.is_over(&question, case.now)) {
         return Wish::Nothing;
     }
     let Some(measured) = doubt(case, stored) else { return Wish::Nothing };
-    if busy() >= policy.concurrent_per_node.max(1) {
+    // Somebody waits for one that is held; the agent takes it first.
+    if case.migration.is_none() && busy() >= policy.concurrent_per_node.max(1) {
         return Wish::Queue;
     }
     Wish::Run(DryRun {
@@ -143,17 +154,7 @@ pub fn wish(case: &Case<'_>, busy: impl FnOnce() -> u64) -> Wish {
 
 /// When the VM was looked at whose pattern alone, freshly and for this very question, says `Fails` or `Borderline`.
 fn doubt(case: &Case<'_>, stored: &MigrationForecast) -> Option<Timestamp> {
-    let input = Input {
-        vm: "",
-        forecast: Some(stored),
-        present: Some(case.present),
-        leaves_cluster: false,
-        now: case.now,
-        mode: crate::api::policy::Mode::Audit,
-        policy: None,
-        origin: Origin::Person,
-    };
-    let Assessment::Known(forecast) = decision::assess(&input) else { return None };
+    let Assessment::Known(forecast) = decision::assess(Some(stored), Some(case.present), case.now) else { return None };
     let doubtful =
         forecast.method == Method::PatternCollector && matches!(forecast.verdict, Verdict::Fails | Verdict::Borderline);
     let measured = stored.status.as_ref()?.measured_at.as_ref()?;

@@ -50,7 +50,7 @@ fn wished(stored: &MigrationForecast) -> Wish {
         present: &present,
         stored: Some(stored),
         carriage: carriage(),
-        in_flight: false,
+        migration: None,
         now: now(),
     };
     wish(&case, || 0)
@@ -145,18 +145,28 @@ fn where_there_is_no_doubt_nothing_is_wanted() {
 }
 
 #[test]
+fn on_demand_is_when_a_migration_is_held() {
+    let (on_demand, present, stored) = (policy(DryRunMode::OnDemand), question(&json!({})), stored(&json!({})));
+    let case = |migration| Case {
+        policy: Some(&on_demand),
+        present: &present,
+        stored: Some(&stored),
+        carriage: carriage(),
+        migration,
+        now: now(),
+    };
+    assert_eq!(wish(&case(None), || 0), Wish::Nothing);
+    assert_eq!(wish(&case(Some(Way::Open)), || 0), Wish::Nothing);
+    assert_eq!(wish(&case(Some(Way::Held)), || 0), Wish::Run(first()));
+}
+
+#[test]
 fn it_is_withdrawn_with_what_it_rested_on() {
     let asked = asked(&Value::Null);
     let (doubt, never) = (policy(DryRunMode::OnDoubt), policy(DryRunMode::Never));
     let present = question(&json!({}));
-    let good = Case {
-        policy: Some(&doubt),
-        present: &present,
-        stored: Some(&asked),
-        carriage: carriage(),
-        in_flight: false,
-        now: now(),
-    };
+    let good =
+        Case { policy: Some(&doubt), present: &present, stored: Some(&asked), carriage: carriage(), migration: None, now: now() };
     assert!(matches!(wish(&good, || 99), Wish::Run(_)), "what stands needs no room");
     let moved = question(&json!({ "nodeName": "node-2" }));
     let wider = question(&json!({ "bandwidth": "1Gi" }));
@@ -164,7 +174,8 @@ fn it_is_withdrawn_with_what_it_rested_on() {
     for (why, case) in [
         ("no policy", Case { policy: None, ..good }),
         ("never", Case { policy: Some(&never), ..good }),
-        ("a migration is under way", Case { in_flight: true, ..good }),
+        ("a migration is under way", Case { migration: Some(Way::Open), ..good }),
+        ("never, and a migration is held", Case { policy: Some(&never), migration: Some(Way::Held), ..good }),
         ("it moved", Case { present: &moved, ..good }),
         ("another bandwidth", Case { present: &wider, ..good }),
         ("outside the model", Case { present: &outside, ..good }),
@@ -201,11 +212,12 @@ fn a_node_has_so_many_at_a_time() {
         present: &present,
         stored: Some(&stored),
         carriage: carriage(),
-        in_flight: false,
+        migration: None,
         now: now(),
     };
     assert!(matches!(wish(&case, || 1), Wish::Run(_)));
     assert_eq!(wish(&case, || 2), Wish::Queue);
+    assert!(matches!(wish(&Case { migration: Some(Way::Held), ..case }, || 2), Wish::Run(_)), "somebody waits for it");
 
     let open = |status: &Value| is_open(&asked(status));
     assert!(

@@ -5,23 +5,27 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use k8s_openapi::{api::core::v1::Namespace, jiff::Timestamp};
+use k8s_openapi::{
+    api::core::v1::{Namespace, Pod},
+    jiff::Timestamp,
+};
 use kube::{
     Resource, ResourceExt,
     runtime::reflector::{ObjectRef, Store, store::Writer},
 };
 
 use super::{
-    dry_run::{self, Carriage, Case, Wish},
+    dry_run::{self, Carriage, Case, Way, Wish},
+    hold,
     question::{self, Desired, Effective},
 };
 use crate::{
     api::{
-        MigrationForecast, MigrationForecastSpec, PredictionPolicy,
+        MigrationForecast, MigrationForecastSpec, MigrationOverride, PredictionPolicy,
         kubevirt::{KubeVirt, MigrationPolicy, VirtualMachineInstance, VirtualMachineInstanceMigration},
-        policy::{self, Mode},
+        migration_override, policy,
     },
-    decision::{self, Decision, Input, Origin},
+    decision::{self, Decision, Input, Origin, Room, Stage},
 };
 
 /// The readers' side.
@@ -35,12 +39,27 @@ pub struct Knowledge {
     pub forecasts: Store<MigrationForecast>,
     /// Our policies.
     pub policies: Store<PredictionPolicy>,
+    /// What people let through.
+    pub overrides: Store<MigrationOverride>,
+    /// Target pods of migrations.
+    pub pods: Store<Pod>,
     /// KubeVirt's policies.
     pub migration_policies: Store<MigrationPolicy>,
     /// KubeVirt's configuration.
     pub kubevirts: Store<KubeVirt>,
     /// For their labels.
     pub namespaces: Store<Namespace>,
+    managed: Managed,
+}
+
+/// Is a manager alive that would let go what is held?
+#[derive(Clone)]
+struct Managed(Arc<dyn Fn() -> bool + Send + Sync>);
+
+impl std::fmt::Debug for Managed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Managed").field(&(self.0)()).finish()
+    }
 }
 
 /// The writers' side: what [`super::run`] fills.
@@ -54,6 +73,10 @@ pub struct Feeds {
     pub forecasts: Writer<MigrationForecast>,
     /// Our policies.
     pub policies: Writer<PredictionPolicy>,
+    /// What people let through.
+    pub overrides: Writer<MigrationOverride>,
+    /// Target pods of migrations.
+    pub pods: Writer<Pod>,
     /// KubeVirt's policies.
     pub migration_policies: Writer<MigrationPolicy>,
     /// KubeVirt's configuration.
@@ -82,6 +105,17 @@ pub struct Candidate<'a> {
     pub leaves_cluster: bool,
     /// Who wants it.
     pub origin: Origin,
+    /// How far it is.
+    pub stage: Stage,
+    /// Its target pod, if there is one.
+    pub pod: Option<&'a Pod>,
+}
+
+impl<'a> Candidate<'a> {
+    /// A person's migration that nobody has asked for: what would become of it?
+    pub fn nobodys(namespace: &'a str, vmi_name: &'a str) -> Self {
+        Self { namespace, vmi_name, leaves_cluster: false, origin: Origin::Person, stage: Stage::Nobody, pod: None }
+    }
 }
 
 impl Knowledge {
@@ -93,11 +127,20 @@ impl Knowledge {
             migrations: feeds.migrations.as_reader(),
             forecasts: feeds.forecasts.as_reader(),
             policies: feeds.policies.as_reader(),
+            overrides: feeds.overrides.as_reader(),
+            pods: feeds.pods.as_reader(),
             migration_policies: feeds.migration_policies.as_reader(),
             kubevirts: feeds.kubevirts.as_reader(),
             namespaces: feeds.namespaces.as_reader(),
+            managed: Managed(Arc::new(|| false)),
         };
         (knowledge, feeds)
+    }
+
+    /// With this to say whether a manager is alive, ours or another replica's; without, nothing is ever held.
+    #[must_use]
+    pub fn managed_while(self, alive: impl Fn() -> bool + Send + Sync + 'static) -> Self {
+        Self { managed: Managed(Arc::new(alive)), ..self }
     }
 
     /// Returns once every store has been filled for the first time; never, if the watches ended before.
@@ -107,13 +150,20 @@ impl Knowledge {
             self.migrations.wait_until_ready(),
             self.forecasts.wait_until_ready(),
             self.policies.wait_until_ready(),
+            self.overrides.wait_until_ready(),
+            self.pods.wait_until_ready(),
             self.migration_policies.wait_until_ready(),
             self.kubevirts.wait_until_ready(),
             self.namespaces.wait_until_ready(),
         );
-        if !matches!(all, (Ok(()), Ok(()), Ok(()), Ok(()), Ok(()), Ok(()), Ok(()))) {
+        if !matches!(all, (Ok(()), Ok(()), Ok(()), Ok(()), Ok(()), Ok(()), Ok(()), Ok(()), Ok(()))) {
             std::future::pending::<()>().await;
         }
+    }
+
+    /// Is a manager alive that would let go what is held?
+    pub fn is_managed(&self) -> bool {
+        (self.managed.0)()
     }
 
     /// The VM of that name.
@@ -150,20 +200,30 @@ impl Knowledge {
         question::desired(vmi, &self.effective(vmi), policy)
     }
 
-    /// Which dry run in the background is wanted for a VM of which this should be asked.
+    /// The migration of that UID.
+    pub fn migration(&self, uid: &str) -> Option<Arc<VirtualMachineInstanceMigration>> {
+        self.migrations.find(|migration| migration.metadata.uid.as_deref() == Some(uid))
+    }
+
+    /// The target pods of the migrations of the VM of that name.
+    pub fn pods_of(&self, namespace: &str, name: &str) -> Vec<Arc<Pod>> {
+        self.pods.state_filter(|pod| pod.metadata.namespace.as_deref() == Some(namespace) && hold::vmi_of(pod) == Some(name))
+    }
+
+    /// Which dry run is wanted for a VM of which this should be asked.
     pub fn dry_run(
         &self,
         vmi: &VirtualMachineInstance,
         policy: Option<&PredictionPolicy>,
         present: &MigrationForecastSpec,
-        in_flight: bool,
+        migration: Option<Way>,
         now: Timestamp,
     ) -> Wish {
         let Some(policy) = policy.and_then(|policy| policy.spec.dry_run.as_ref()) else { return Wish::Nothing };
         let stored = self.forecast(vmi.metadata.namespace.as_deref().unwrap_or_default(), &vmi.name_any());
         let carriage = Carriage::of(vmi, self.effective(vmi).compression);
         let stored = stored.as_deref();
-        let case = Case { policy: Some(policy), present, stored, carriage, in_flight, now };
+        let case = Case { policy: Some(policy), present, stored, carriage, migration, now };
         // The watch lags behind the writes: two VMs of a node that are looked at at once may both find room. The agent queues them.
         let busy = || {
             let others = self.forecasts.state_filter(|other| {
@@ -176,28 +236,61 @@ impl Knowledge {
         dry_run::wish(&case, busy)
     }
 
-    /// Allow, warn or deny, from what is known now.
+    /// A migration that there is, as a candidate. `pod`: its target pod.
+    pub fn candidate<'a>(&self, migration: &'a VirtualMachineInstanceMigration, pod: Option<&'a Pod>) -> Candidate<'a> {
+        let namespace = migration.metadata.namespace.as_deref().unwrap_or_default();
+        Candidate { stage: Stage::Admitted, pod, ..self.request(namespace, migration) }
+    }
+
+    /// A migration that is asked for.
+    pub fn request<'a>(&self, namespace: &'a str, migration: &'a VirtualMachineInstanceMigration) -> Candidate<'a> {
+        let vmi_name = &migration.spec.vmi_name;
+        let origin = Origin::of(migration, self.vmi(namespace, vmi_name).as_deref());
+        let leaves_cluster = migration.spec.send_to.is_some();
+        Candidate { namespace, vmi_name, leaves_cluster, origin, stage: Stage::Request, pod: None }
+    }
+
+    /// Allow, warn, hold or deny, from what is known now.
     pub fn judge(&self, candidate: Candidate<'_>, now: Timestamp) -> Judgement {
-        let vm = format!("{}/{}", candidate.namespace, candidate.vmi_name);
-        let vmi = self.vmi(candidate.namespace, candidate.vmi_name);
+        let Candidate { namespace, vmi_name, leaves_cluster, origin, stage, pod } = candidate;
+        let vmi = self.vmi(namespace, vmi_name);
         let policy = vmi.as_deref().and_then(|vmi| self.policy(vmi));
         let present = vmi.as_deref().and_then(|vmi| match self.desired(vmi, policy.as_deref()) {
             Desired::Ask(spec) => Some(spec),
             Desired::Wait | Desired::Nothing => None,
         });
-        let forecast = self.forecast(candidate.namespace, candidate.vmi_name);
-        let name = policy.as_deref().map(ResourceExt::name_any);
+        let forecast = self.forecast(namespace, vmi_name);
+        let overrides = self.overrides.state_filter(|one| {
+            one.spec.vmi_name == vmi_name && one.metadata.namespace.as_deref() == Some(namespace) && one.is_in_force(now)
+        });
+        let overridden = migration_override::in_force(overrides, now);
         let decision = decision::decide(&Input {
-            vm: &vm,
+            vm: &format!("{namespace}/{vmi_name}"),
             forecast: forecast.as_deref(),
             present: present.as_deref(),
-            leaves_cluster: candidate.leaves_cluster,
+            leaves_cluster,
             now,
-            mode: policy.as_deref().map_or(Mode::Audit, |policy| policy.spec.mode),
-            policy: name.as_deref(),
-            origin: candidate.origin,
+            policy: policy.as_deref(),
+            origin,
+            overridden: overridden.as_deref(),
+            room: self.room(policy.as_deref(), pod, now),
+            stage,
         });
         Judgement { decision, forecast }
+    }
+
+    /// Is there room to hold one more migration, or to go on holding this one? The watch lags behind the gates that replicas put on at the
+    /// same time: a few more than the policy says may be held for a moment.
+    fn room(&self, policy: Option<&PredictionPolicy>, pod: Option<&Pod>, now: Timestamp) -> Room {
+        let limits = policy.and_then(|policy| policy.spec.hold).unwrap_or_default();
+        if let Some(pod) = pod.filter(|pod| hold::is_gated(pod)) {
+            return if hold::held_for(pod, now) < limits.deadline.0 { Room::Free } else { Room::OutOfTime };
+        }
+        if !self.is_managed() {
+            return Room::NoManager;
+        }
+        let held = self.pods.state_filter(hold::is_gated).len();
+        if u64::try_from(held).is_ok_and(|held| held < limits.at_once) { Room::Free } else { Room::Full }
     }
 
     fn namespace_labels(&self, vmi: &VirtualMachineInstance) -> BTreeMap<String, String> {

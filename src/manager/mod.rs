@@ -1,7 +1,8 @@
-//! The controller: keeps a MigrationForecast for every VM that could migrate, holds outcomes against forecasts, tells of changes.
+//! The controller: keeps a MigrationForecast for every VM that could migrate, lets go or abandons the migrations that are held, holds outcomes
+//! against forecasts, tells of changes.
 //!
-//! In: watches of VMs, migrations, policies, KubeVirt's configuration, forecasts and namespaces. Out: the `spec` of forecasts and the
-//! manager's part of their `status`; events; metrics. A pipeline observe → decide → apply of which only the ends do I/O. Every replica
+//! In: watches of VMs, migrations and their target pods, policies, overrides, KubeVirt's configuration, forecasts and namespaces. Out: the
+//! `spec` of forecasts and the manager's part of their `status`; gates taken off, migrations deleted; events; metrics. A pipeline observe → decide → apply of which only the ends do I/O. Every replica
 //! watches, so that it can answer admission; only the leader writes. Level-triggered: whatever is missed is seen at the next look.
 //!
 //! | module | what |
@@ -9,13 +10,17 @@
 //! | [`watch`] | fills the stores |
 //! | [`knowledge`] | the stores, and what can be asked of them together; admission answers from it |
 //! | [`question`] | pure: from a VM and its configuration to what should be asked |
-//! | [`dry_run`] | pure: whether a dry run in the background is wanted |
+//! | [`dry_run`] | pure: whether a dry run is wanted |
+//! | [`hold`] | pure: which migrations are held, and what becomes of them |
 //! | [`observe`] | pure: from what is known to what should be written |
-//! | `apply` | writes it |
+//! | `gate` | carries out what is to become of held migrations |
+//! | `apply` | writes |
 //! | `queue` | which VM is looked at next |
 
 mod apply;
 pub mod dry_run;
+mod gate;
+pub mod hold;
 pub mod knowledge;
 pub mod metrics;
 pub mod observe;
@@ -25,7 +30,10 @@ pub mod watch;
 
 use std::{
     collections::{HashMap, HashSet},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -43,7 +51,9 @@ use tracing::{debug, info, warn};
 
 use self::{
     apply::Writer,
-    dry_run::Wish,
+    dry_run::{Way, Wish},
+    gate::Case,
+    hold::Step,
     knowledge::Candidate,
     question::Desired,
     queue::Queue,
@@ -53,9 +63,8 @@ use crate::{
     api::{
         MigrationForecast,
         kubevirt::{VirtualMachineInstance, VirtualMachineInstanceMigration},
-        migration::Hint,
+        migration::{Hint, HintPhase},
     },
-    decision::Origin,
     model::forecast::Verdict,
 };
 
@@ -79,7 +88,8 @@ impl Default for Options {
     }
 }
 
-/// Watches and, while `is_leader`, writes, until `shutdown` resolves. Writes in flight then are given up; the next leader makes them.
+/// Watches and, while `is_leader`, writes, until `shutdown` resolves. Writes in flight then are given up, the next leader makes them; what is
+/// held is let go.
 pub async fn run(
     client: Client,
     options: Options,
@@ -97,11 +107,15 @@ pub async fn run(
         metrics: metrics.clone(),
         memory: Mutex::default(),
         is_leader: Box::new(is_leader),
+        leading: AtomicBool::new(false),
     });
     tokio::select! {
         () = watch::all(&client, feeds, &metrics, &sender) => {}
         () = work(&manager, &options, changes) => {}
         () = shutdown => {}
+    }
+    if manager.leading.load(Ordering::Relaxed) {
+        manager.let_everything_go().await;
     }
 }
 
@@ -155,6 +169,7 @@ async fn work(manager: &Arc<Manager>, options: &Options, mut changes: mpsc::Unbo
                     manager.forget_all();
                 }
                 leading = leads;
+                manager.leading.store(leads, Ordering::Relaxed);
             }
         }
     }
@@ -173,6 +188,9 @@ struct Memory {
     told: Option<Verdict>,
     recorded: Option<String>,
     warned: HashSet<String>,
+    /// Events about migrations, by UID and reason.
+    told_of: HashSet<(String, &'static str)>,
+    letting_go: Option<Instant>,
 }
 
 struct Manager {
@@ -181,12 +199,19 @@ struct Manager {
     metrics: ManagerMetrics,
     memory: Mutex<HashMap<Key, Memory>>,
     is_leader: Box<dyn Fn() -> bool + Send + Sync>,
+    /// We led when that was last looked at: what is held is ours to let go.
+    leading: AtomicBool,
 }
 
 impl Manager {
     fn add_all(&self, queue: &mut Queue, now: Instant) {
         for vmi in self.knowledge.vmis.state() {
             queue.add(Key { namespace: vmi.namespace().unwrap_or_default(), name: vmi.name_any() }, now);
+        }
+        // A VM may be gone whose migration's pod is still held.
+        for pod in self.knowledge.pods.state_filter(hold::is_gated) {
+            let name = hold::vmi_of(&pod).unwrap_or_default().to_owned();
+            queue.add(Key { namespace: pod.namespace().unwrap_or_default(), name }, now);
         }
     }
 
@@ -204,54 +229,80 @@ impl Manager {
         if !(self.is_leader)() {
             return Ok(None);
         }
+        let pods = self.knowledge.pods_of(&key.namespace, &key.name);
         let Some(vmi) = self.knowledge.vmi(&key.namespace, &key.name) else {
             // Its forecast goes with it: it is the owner.
             self.memory.lock().unwrap_or_else(PoisonError::into_inner).remove(key);
-            return Ok(None);
+            self.let_orphans_go(&pods, &[]).await?;
+            return Ok(pods.iter().any(|pod| hold::is_gated(pod)).then_some(hold::LETTING_GO));
         };
         let stored = self.knowledge.forecast(&key.namespace, &key.name);
-        let policy = self.knowledge.policy(&vmi);
         // One look through all migrations, and none at all on the way of admission.
         let migrations = self.knowledge.migrations_of(&key.namespace, &key.name);
-        let mut queued = false;
-        match self.knowledge.desired(&vmi, policy.as_deref()) {
+        let cases = self.cases(&migrations, &pods);
+        let asked = self.ask(key, &vmi, stored.as_deref(), &migrations, &cases).await;
+        // Whatever became of the question: nothing stays held for it.
+        let held = self.carry_out(key, Some(&vmi), stored.as_deref(), &cases).await?;
+        self.let_orphans_go(&pods, &migrations).await?;
+        let (stored, again) = match (stored, asked?) {
+            (Some(stored), Asked::Stands { again }) => (stored, again),
+            (_, Asked::Later(left)) => return Ok(Some(left)),
+            (_, Asked::Stands { .. } | Asked::Anew) => return Ok(held),
+        };
+        self.tell(key, &vmi, &stored, &migrations).await?;
+        self.warn(key, &vmi, &cases).await;
+        let stale = observe::look_again(&stored, Timestamp::now());
+        Ok([held, again, stale].into_iter().flatten().min())
+    }
+
+    /// Brings the question in line with what is known.
+    async fn ask(
+        &self,
+        key: &Key,
+        vmi: &VirtualMachineInstance,
+        stored: Option<&MigrationForecast>,
+        migrations: &[Arc<VirtualMachineInstanceMigration>],
+        cases: &[Case],
+    ) -> Result<Asked, WriteError> {
+        let policy = self.knowledge.policy(vmi);
+        match self.knowledge.desired(vmi, policy.as_deref()) {
             Desired::Ask(mut spec) => {
-                if let Some(left) = observe::hand_over(&vmi, &spec.node_name, stored.as_deref(), Timestamp::now()) {
-                    return Ok(Some(left));
+                if let Some(left) = observe::hand_over(vmi, &spec.node_name, stored, Timestamp::now()) {
+                    return Ok(Asked::Later(left));
                 }
-                let hint = Hint::of(&migrations);
-                let in_flight = hint.is_some() || vmi.is_migrating();
-                match self.knowledge.dry_run(&vmi, policy.as_deref(), &spec, in_flight, Timestamp::now()) {
+                let hint = Hint::of(migrations).map(|hint| held(hint, cases));
+                let way = match &hint {
+                    Some(hint) if hint.phase == HintPhase::Held => Some(Way::Held),
+                    Some(_) => Some(Way::Open),
+                    None => vmi.is_migrating().then_some(Way::Open),
+                };
+                let mut again = None;
+                match self.knowledge.dry_run(vmi, policy.as_deref(), &spec, way, Timestamp::now()) {
                     Wish::Run(dry_run) => spec.dry_run = Some(dry_run),
-                    Wish::Queue => queued = true,
+                    // Nothing tells this VM that another one's dry run has ended.
+                    Wish::Queue => again = Some(QUEUED),
                     Wish::Nothing => {}
                 }
-                if let Some(wanted) = observe::wanted(&vmi, *spec, hint.as_ref(), stored.as_deref()) {
+                if let Some(wanted) = observe::wanted(vmi, *spec, hint.as_ref(), stored) {
                     let dry_run = wanted.spec.dry_run.as_ref().map(|dry_run| dry_run.id.as_str());
                     debug!(namespace = key.namespace, vm = key.name, node = wanted.spec.node_name, dry_run, "asking");
                     self.writer.ask(&wanted).await?;
-                    // The rest when the watch shows it.
-                    return Ok(None);
+                    return Ok(Asked::Anew);
                 }
+                Ok(Asked::Stands { again })
             }
             Desired::Nothing => {
                 // Only what is ours goes: whatever else bears the VM's name stays.
-                let ours = |forecast: &MigrationForecast| {
+                let ours = |forecast: &&MigrationForecast| {
                     forecast.owner_references().iter().any(|owner| Some(&owner.uid) == vmi.metadata.uid.as_ref())
                 };
-                if let Some(stored) = stored.as_deref().filter(|stored| ours(stored)) {
+                if let Some(stored) = stored.filter(ours) {
                     self.writer.delete(stored).await?;
                 }
-                return Ok(None);
+                Ok(Asked::Anew)
             }
-            Desired::Wait => {}
+            Desired::Wait => Ok(Asked::Stands { again: None }),
         }
-        let Some(stored) = stored else { return Ok(None) };
-        self.tell(key, &vmi, &stored, &migrations).await?;
-        self.warn(key, policy.is_some(), &migrations).await;
-        let again = observe::look_again(&stored, Timestamp::now());
-        // Nothing tells this VM that another one's dry run has ended.
-        Ok(if queued { Some(again.map_or(QUEUED, |again| again.min(QUEUED))) } else { again })
     }
 
     /// The manager's part of the status, and the events that go with its changes.
@@ -263,9 +314,7 @@ impl Manager {
         migrations: &[Arc<VirtualMachineInstanceMigration>],
     ) -> Result<(), WriteError> {
         let now = Timestamp::now();
-        let candidate =
-            Candidate { namespace: &key.namespace, vmi_name: &key.name, leaves_cluster: false, origin: Origin::Person };
-        let decision = self.knowledge.judge(candidate, now).decision;
+        let decision = self.knowledge.judge(Candidate::nobodys(&key.namespace, &key.name), now).decision;
         let memory = self.remember(key, |memory| memory.clone());
         let ended = observe::unrecorded(migrations, Some(vmi), stored).filter(|migration| migration.uid() != memory.recorded);
         let outcome = ended.map(|migration| observe::outcome(migration, Some(vmi), Some(stored)));
@@ -294,31 +343,40 @@ impl Manager {
         Ok(())
     }
 
-    /// Repeats admission's warnings as events: virtctl and KubeVirt's own controllers show none.
-    async fn warn(&self, key: &Key, has_policy: bool, migrations: &[Arc<VirtualMachineInstanceMigration>]) {
+    /// Repeats admission's warnings as events: virtctl and KubeVirt's own controllers show none. What is held is told of by its hold.
+    async fn warn(&self, key: &Key, vmi: &VirtualMachineInstance, cases: &[Case]) {
         // The built-in policy only audits: it warns nobody.
-        if !has_policy {
+        if self.knowledge.policy(vmi).is_none() {
             return;
         }
-        for migration in migrations {
+        for Case { migration, decision, .. } in cases.iter().filter(|case| case.step == Step::Leave) {
             let uid = migration.uid().unwrap_or_default();
-            if migration.is_final()
-                || migration.spec.receive.is_some()
-                || self.remember(key, |memory| memory.warned.contains(&uid))
-            {
+            if self.remember(key, |memory| memory.warned.contains(&uid)) {
                 continue;
             }
-            let candidate = Candidate {
-                namespace: &key.namespace,
-                vmi_name: &key.name,
-                leaves_cluster: migration.spec.send_to.is_some(),
-                origin: Origin::of(migration.annotations()),
-            };
-            let decision = self.knowledge.judge(candidate, Timestamp::now()).decision;
-            if let Some(notice) = observe::warning_notice(migration, &decision) {
+            if let Some(notice) = observe::warning_notice(migration, decision) {
                 self.remember(key, |memory| memory.warned.insert(uid));
                 self.writer.notify(&migration.object_ref(&()), notice).await;
             }
         }
     }
+}
+
+/// What has become of the question.
+#[derive(Debug, Clone, Copy)]
+enum Asked {
+    /// It was written, or taken away: the rest when the watch shows it.
+    Anew,
+    /// It stays with the node that the VM has left, for so long.
+    Later(Duration),
+    /// It stands as it should; it may have to be looked at again after so long.
+    Stands { again: Option<Duration> },
+}
+
+/// The hint as it is while the migration is held.
+fn held(hint: Hint, cases: &[Case]) -> Hint {
+    let holds = cases
+        .iter()
+        .any(|case| case.step == Step::Hold && case.migration.metadata.uid.as_deref() == Some(hint.migration_uid.as_str()));
+    if holds { Hint { phase: HintPhase::Held, ..hint } } else { hint }
 }

@@ -7,7 +7,7 @@
 use std::{fmt::Debug, pin::pin};
 
 use futures::TryStreamExt;
-use k8s_openapi::api::core::v1::Namespace;
+use k8s_openapi::api::core::v1::{Namespace, Pod};
 use kube::{
     Api, Client, Resource, ResourceExt,
     core::DeserializeGuard,
@@ -21,9 +21,9 @@ use serde::de::DeserializeOwned;
 use tokio::sync::mpsc::UnboundedSender;
 use tracing::warn;
 
-use super::{knowledge::Feeds, metrics::ManagerMetrics};
+use super::{hold, knowledge::Feeds, metrics::ManagerMetrics};
 use crate::api::{
-    MigrationForecast, PredictionPolicy,
+    MigrationForecast, MigrationOverride, PredictionPolicy,
     kubevirt::{KubeVirt, MigrationPolicy, VirtualMachineInstance, VirtualMachineInstanceMigration},
 };
 
@@ -51,7 +51,7 @@ fn one(namespace: Option<String>, name: String) -> Change {
 
 /// Watches everything, for ever.
 pub(super) async fn all(client: &Client, feeds: Feeds, metrics: &ManagerMetrics, changes: &UnboundedSender<Change>) {
-    let Feeds { vmis, migrations, forecasts, policies, migration_policies, kubevirts, namespaces } = feeds;
+    let Feeds { vmis, migrations, forecasts, policies, overrides, pods, migration_policies, kubevirts, namespaces } = feeds;
     let watch = Watch { metrics, changes };
     tokio::join!(
         watch.kind(Api::<DeserializeGuard<VirtualMachineInstance>>::all(client.clone()), vmis, |vmi| one(
@@ -67,6 +67,16 @@ pub(super) async fn all(client: &Client, feeds: Feeds, metrics: &ManagerMetrics,
             forecast.name_any()
         )),
         watch.kind(Api::<DeserializeGuard<PredictionPolicy>>::all(client.clone()), policies, |_| Change::All),
+        watch.kind(Api::<DeserializeGuard<MigrationOverride>>::all(client.clone()), overrides, |allowed| one(
+            allowed.namespace(),
+            allowed.spec.vmi_name.clone()
+        )),
+        watch.kind_of(
+            Api::<DeserializeGuard<Pod>>::all(client.clone()),
+            watcher::Config::default().labels(&hold::selector()),
+            pods,
+            |pod| one(pod.namespace(), hold::vmi_of(pod).unwrap_or_default().to_owned())
+        ),
         watch.kind(Api::<DeserializeGuard<MigrationPolicy>>::all(client.clone()), migration_policies, |_| Change::All),
         watch.kind(Api::<DeserializeGuard<KubeVirt>>::all(client.clone()), kubevirts, |_| Change::All),
         watch.kind(Api::<DeserializeGuard<Namespace>>::all(client.clone()), namespaces, |_| Change::All),
@@ -83,9 +93,21 @@ impl Watch<'_> {
     where
         K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static,
     {
+        self.kind_of(api, watcher::Config::default(), writer, change).await;
+    }
+
+    async fn kind_of<K>(
+        &self,
+        api: Api<DeserializeGuard<K>>,
+        config: watcher::Config,
+        writer: Writer<K>,
+        change: impl Fn(&K) -> Change,
+    ) where
+        K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static,
+    {
         let kind = K::kind(&()).into_owned();
         let mut feed = Feed { writer, kind: kind.clone(), metrics: self.metrics };
-        let mut stream = pin!(watcher(api, watcher::Config::default()).default_backoff());
+        let mut stream = pin!(watcher(api, config).default_backoff());
         let mut missing = false;
         loop {
             // The stream never ends: errors come through it and are followed, after a pause, by a new start.

@@ -54,17 +54,26 @@ impl LeaseOptions {
 
 /// Whether we lead. Cheap to clone; ask before each act.
 #[derive(Debug, Clone)]
-pub struct Leadership(watch::Receiver<Option<Instant>>);
+pub struct Leadership {
+    ours: watch::Receiver<Option<Instant>>,
+    anyones: watch::Receiver<Option<Instant>>,
+}
 
 impl Leadership {
     /// True only while the last renewal still binds the others, even if the task that renews were stuck.
     pub fn is_leader(&self) -> bool {
-        self.0.borrow().is_some_and(|until| Instant::now() < until)
+        self.ours.borrow().is_some_and(|until| Instant::now() < until)
+    }
+
+    /// Somebody leads, we or another: the Lease was renewed not longer ago than it lasts, by our own clock. What was renewed before we first
+    /// saw it counts from then.
+    pub fn is_anyones(&self) -> bool {
+        self.anyones.borrow().is_some_and(|until| Instant::now() < until)
     }
 
     /// Resolves at the next gain or loss with the new state; a lost election task is a loss, once and for all.
     pub async fn changed(&mut self) -> bool {
-        if self.0.changed().await.is_err() {
+        if self.ours.changed().await.is_err() {
             std::future::pending::<()>().await;
         }
         self.is_leader()
@@ -72,7 +81,7 @@ impl Leadership {
 
     /// Resolves once we lead (now, if we do already).
     pub async fn gained(&mut self) {
-        if self.0.wait_for(Option::is_some).await.is_err() {
+        if self.ours.wait_for(Option::is_some).await.is_err() {
             std::future::pending::<()>().await;
         }
     }
@@ -80,12 +89,12 @@ impl Leadership {
     /// Resolves once we do not lead: lost, expired, or the election ended.
     pub async fn lost(&mut self) {
         loop {
-            let Some(until) = *self.0.borrow_and_update() else { return };
+            let Some(until) = *self.ours.borrow_and_update() else { return };
             if Instant::now() >= until {
                 return;
             }
             tokio::select! {
-                changed = self.0.changed() => if changed.is_err() { return },
+                changed = self.ours.changed() => if changed.is_err() { return },
                 () = tokio::time::sleep_until(until) => {}
             }
         }
@@ -118,6 +127,13 @@ fn observe(before: Option<Observed>, lease: &Lease, now: Instant) -> Observed {
     }
 }
 
+/// Until when its holder, if it has one, may count on it.
+fn binds_until(options: &LeaseOptions, observed: &Observed) -> Option<Instant> {
+    let seconds = observed.spec.lease_duration_seconds.and_then(|s| u64::try_from(s).ok());
+    let held = observed.spec.holder_identity.as_deref().is_some_and(|holder| !holder.is_empty());
+    held.then(|| observed.since + seconds.map_or(options.duration, Duration::from_secs))
+}
+
 /// Decides. Pure: `now` is our monotonic clock, `wall` only what is written for people to read.
 fn decide(options: &LeaseOptions, observed: Option<&Observed>, now: Instant, wall: Timestamp) -> Step {
     let wall = MicroTime(wall);
@@ -136,9 +152,7 @@ fn decide(options: &LeaseOptions, observed: Option<&Observed>, now: Instant, wal
         let acquire_time = observed.spec.acquire_time.clone().or(mine.acquire_time.clone());
         return Step::Write(Box::new(LeaseSpec { acquire_time, lease_transitions: Some(transitions), ..mine }));
     }
-    let patience =
-        observed.spec.lease_duration_seconds.and_then(|s| u64::try_from(s).ok()).map_or(options.duration, Duration::from_secs);
-    if holder.is_empty() || now.saturating_duration_since(observed.since) >= patience {
+    if binds_until(options, observed).is_none_or(|until| now >= until) {
         return Step::Write(Box::new(LeaseSpec { lease_transitions: Some(transitions.saturating_add(1)), ..mine }));
     }
     Step::Wait
@@ -148,16 +162,17 @@ fn decide(options: &LeaseOptions, observed: Option<&Observed>, now: Instant, wal
 /// While draining we lead no more, but the Lease is given back only once `Stopped`, so that work in flight ends before
 /// somebody else's begins.
 pub fn elect(client: Client, options: LeaseOptions, shutdown: Shutdown) -> (Leadership, impl Future<Output = ()> + Send) {
-    let (state, receiver) = watch::channel(None);
+    let ((state, ours), (anyone, anyones)) = (watch::channel(None), watch::channel(None));
     let api = Api::namespaced(client, &options.namespace);
-    let election = Election { api, options, state, observed: None };
-    (Leadership(receiver), election.run(shutdown))
+    let election = Election { api, options, state, anyone, observed: None };
+    (Leadership { ours, anyones }, election.run(shutdown))
 }
 
 struct Election {
     api: Api<Lease>,
     options: LeaseOptions,
     state: watch::Sender<Option<Instant>>,
+    anyone: watch::Sender<Option<Instant>>,
     observed: Option<Observed>,
 }
 
@@ -216,6 +231,8 @@ impl Election {
         if self.state.borrow().is_some_and(|until| Instant::now() >= until) {
             self.lead(None);
         }
+        let until = self.observed.as_ref().and_then(|observed| binds_until(&self.options, observed));
+        self.anyone.send_replace(until);
     }
 
     /// Reads, decides, writes; true: the Lease is ours.

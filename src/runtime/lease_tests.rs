@@ -63,7 +63,8 @@ async fn a_renewal_starts_the_patience_anew_whatever_times_are_written() {
 #[tokio::test]
 async fn leadership_ends_by_itself_when_nobody_renews() {
     let (state, receiver) = watch::channel(None);
-    let mut leadership = Leadership(receiver);
+    let (_anyone, anyones) = watch::channel(None);
+    let mut leadership = Leadership { ours: receiver, anyones };
     assert!(!leadership.is_leader());
     state.send_replace(Some(Instant::now() + Duration::from_millis(50)));
     assert!(leadership.is_leader());

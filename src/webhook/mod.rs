@@ -1,8 +1,9 @@
-//! Admission of live migrations, answered from memory.
+//! Admission of live migrations and of their target pods, answered from memory.
 //!
-//! In: `AdmissionReview`s of `VirtualMachineInstanceMigration`s, on `POST /mutate-vmim` and `POST /validate-vmim`. Out: a patch that writes the
-//! forecast into annotations; allow, allow with a warning, or deny. No I/O, no side effects: anybody may post a review, and a server may
-//! ask as often as it likes. What cannot be read is let through with a warning; only what is no `AdmissionReview` at all is an HTTP error.
+//! In: `AdmissionReview`s of `VirtualMachineInstanceMigration`s, on `POST /mutate-vmim` and `POST /validate-vmim`, and of pods, on `POST /mutate-pod`.
+//! Out: a patch that writes the forecast into annotations; allow, allow with a warning, or deny; a patch that puts our scheduling gate on
+//! the target pod of a migration that is to be held. No I/O, no side effects: anybody may post a review, and a server may ask as often
+//! as it likes. What cannot be read is let through with a warning; only what is no `AdmissionReview` at all is an HTTP error.
 
 mod metrics;
 mod review;
@@ -18,18 +19,21 @@ use axum::{
     extract::{DefaultBodyLimit, State},
     http::StatusCode,
     response::{IntoResponse, Json, Response},
-    routing::post,
+    routing::{MethodRouter, post},
 };
-use k8s_openapi::jiff::Timestamp;
+use k8s_openapi::{api::core::v1::Pod, jiff::Timestamp};
 pub use metrics::AdmissionMetrics;
 use tower_http::timeout::TimeoutLayer;
 use tracing::info;
 
-use self::review::{Answer, Request};
+use self::review::{Admissible, Answer, Request};
 use crate::{
-    api::convert,
-    decision::{Action, Origin},
-    manager::knowledge::{Candidate, Judgement, Knowledge},
+    api::{convert, kubevirt::VirtualMachineInstanceMigration},
+    decision::Action,
+    manager::{
+        hold,
+        knowledge::{Judgement, Knowledge},
+    },
     model::forecast::Verdict,
 };
 
@@ -61,30 +65,33 @@ impl Admission {
 
 /// The routes.
 pub fn router(admission: Admission) -> Router {
+    fn route<K: Admissible + 'static>(
+        webhook: &'static str,
+        answer: fn(&Admission, &Request<K>) -> Answer,
+    ) -> MethodRouter<Arc<Admission>> {
+        post(async move |State(admission): State<Arc<Admission>>, body: Bytes| handle(&admission, webhook, answer, &body))
+    }
     Router::new()
-        .route(
-            "/mutate-vmim",
-            post(async |State(admission): State<Arc<Admission>>, body: Bytes| handle(&admission, "mutate", &body)),
-        )
-        .route(
-            "/validate-vmim",
-            post(async |State(admission): State<Arc<Admission>>, body: Bytes| handle(&admission, "validate", &body)),
-        )
+        .route("/mutate-vmim", route("mutate", mutate))
+        .route("/validate-vmim", route("validate", validate))
+        .route("/mutate-pod", route("gate", gate))
         .layer(DefaultBodyLimit::max(BODY_LIMIT))
         .layer(TimeoutLayer::with_status_code(StatusCode::REQUEST_TIMEOUT, PATIENCE))
         .with_state(Arc::new(admission))
 }
 
-fn handle(admission: &Admission, webhook: &'static str, body: &[u8]) -> Response {
+fn handle<K: Admissible>(
+    admission: &Admission,
+    webhook: &'static str,
+    answer: fn(&Admission, &Request<K>) -> Answer,
+    body: &[u8],
+) -> Response {
     let start = Instant::now();
     let response = match Request::read(body) {
-        Ok(request) => {
-            let answer = if webhook == "mutate" { mutate(admission, &request) } else { validate(admission, &request) };
-            match request.review(answer) {
-                Ok(review) => Json(review).into_response(),
-                Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("cannot write the answer: {error}\n")).into_response(),
-            }
-        }
+        Ok(request) => match request.review(answer(admission, &request)) {
+            Ok(review) => Json(review).into_response(),
+            Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("cannot write the answer: {error}\n")).into_response(),
+        },
         Err(error) => {
             admission.metrics.refused_bodies.inc();
             (StatusCode::BAD_REQUEST, format!("{error}\n")).into_response()
@@ -94,12 +101,14 @@ fn handle(admission: &Admission, webhook: &'static str, body: &[u8]) -> Response
     response
 }
 
+type Migration = VirtualMachineInstanceMigration;
+
 /// Our annotations are ours: those that come in go, the forecast's are written. Never stands in the way.
-fn mutate(admission: &Admission, request: &Request) -> Answer {
+fn mutate(admission: &Admission, request: &Request<Migration>) -> Answer {
     if !request.is_create() {
         return Answer::allow();
     }
-    let Some(migration) = request.migration() else { return Answer::allow() };
+    let Some(migration) = request.object() else { return Answer::allow() };
     let annotations = match judge(admission, request) {
         Some(Judgement { decision, forecast }) => match forecast.as_deref().and_then(|forecast| forecast.status.as_ref()) {
             Some(status) if decision.verdict != Verdict::Unknown => convert::annotations(status),
@@ -110,8 +119,8 @@ fn mutate(admission: &Admission, request: &Request) -> Answer {
     Answer::allow().with_patch(review::annotate(migration, annotations))
 }
 
-/// Allow, warn, deny.
-fn validate(admission: &Admission, request: &Request) -> Answer {
+/// Allow, warn, deny. What will be held passes, and whoever made it is told.
+fn validate(admission: &Admission, request: &Request<Migration>) -> Answer {
     if !request.is_create() {
         return Answer::allow();
     }
@@ -123,7 +132,7 @@ fn validate(admission: &Admission, request: &Request) -> Answer {
     admission.metrics.count(&format!("{:?}", decision.verdict), decision.action, decision.reason, request.is_dry_run());
     match decision.action {
         Action::Allow => Answer::allow(),
-        Action::AllowWithWarning => Answer::allow().with_warning(decision.message),
+        Action::AllowWithWarning | Action::Hold => Answer::allow().with_warning(decision.message),
         Action::Deny => {
             info!(
                 namespace = request.namespace(),
@@ -138,17 +147,28 @@ fn validate(admission: &Admission, request: &Request) -> Answer {
 }
 
 /// The decision; `None` where there is nothing to decide (a migration that comes in from another cluster).
-fn judge(admission: &Admission, request: &Request) -> Option<Judgement> {
-    let migration = request.migration()?;
-    if migration.spec.receive.is_some() {
-        return None;
-    }
-    let no_annotations = std::collections::BTreeMap::new();
-    let candidate = Candidate {
-        namespace: request.namespace(),
-        vmi_name: &migration.spec.vmi_name,
-        leaves_cluster: migration.spec.send_to.is_some(),
-        origin: Origin::of(migration.metadata.annotations.as_ref().unwrap_or(&no_annotations)),
-    };
+fn judge(admission: &Admission, request: &Request<Migration>) -> Option<Judgement> {
+    let migration = request.object().filter(|migration| migration.spec.receive.is_none())?;
+    let candidate = admission.knowledge.request(request.namespace(), migration);
     Some(admission.knowledge.judge(candidate, (admission.clock)()))
+}
+
+/// Holds a target pod: decided anew, from what is known now. A decision that has turned to a denial holds it as well, for the manager to
+/// abandon the migration before anything is sent.
+fn gate(admission: &Admission, request: &Request<Pod>) -> Answer {
+    let Some(pod) = request.object().filter(|_| request.is_create()) else { return Answer::allow() };
+    // Hotplug attachment pods and pods of other clusters' migrations are nobody's here.
+    let Some(migration) = hold::migration_of(pod).and_then(|uid| admission.knowledge.migration(uid)) else {
+        return Answer::allow();
+    };
+    if !migration.is_under_way() || migration.metadata.namespace.as_deref() != Some(request.namespace()) || hold::is_gated(pod) {
+        return Answer::allow();
+    }
+    let candidate = admission.knowledge.candidate(&migration, None);
+    let decision = admission.knowledge.judge(candidate, (admission.clock)()).decision;
+    match decision.action {
+        Action::Hold => Answer::allow().with_patch(review::gate(pod)),
+        Action::Deny if admission.knowledge.is_managed() => Answer::allow().with_patch(review::gate(pod)),
+        Action::Deny | Action::Allow | Action::AllowWithWarning => Answer::allow(),
+    }
 }

@@ -1,11 +1,11 @@
 //! `AdmissionReview`s, read and written. Pure.
 //!
-//! In: the bytes of a body. Out: the migration in it, as far as it can be read; the review that answers.
+//! In: the bytes of a body. Out: the object in it, as far as it can be read; the review that answers.
 
 use std::collections::BTreeMap;
 
 use json_patch::{AddOperation, Patch, PatchOperation, RemoveOperation, jsonptr::PointerBuf};
-use k8s_openapi::{ByteString, apimachinery::pkg::apis::meta::v1::ObjectMeta};
+use k8s_openapi::{ByteString, api::core::v1::Pod, apimachinery::pkg::apis::meta::v1::ObjectMeta};
 use kube::{
     Resource,
     core::{
@@ -13,7 +13,7 @@ use kube::{
         response::StatusSummary,
     },
 };
-use serde::{Deserialize, Deserializer};
+use serde::{Deserialize, Deserializer, de::DeserializeOwned};
 use serde_json::{Value, json};
 
 use crate::api::{kubevirt::VirtualMachineInstanceMigration, names};
@@ -29,64 +29,79 @@ pub(super) enum ReviewError {
     NoReview(String),
 }
 
+/// A kind of object under admission.
+pub(super) trait Admissible: Resource<DynamicType = ()> + Clone + Default + DeserializeOwned {
+    /// What it lacks that we cannot do without.
+    fn problem(&self) -> Option<&'static str>;
+}
+
+impl Admissible for VirtualMachineInstanceMigration {
+    fn problem(&self) -> Option<&'static str> {
+        self.spec.vmi_name.is_empty().then_some("it has no spec.vmiName")
+    }
+}
+
+impl Admissible for Pod {
+    fn problem(&self) -> Option<&'static str> {
+        None
+    }
+}
+
 /// An object under admission: whatever it is, it can be received.
 #[derive(Debug, Clone)]
-struct Submitted {
-    migration: VirtualMachineInstanceMigration,
+struct Submitted<K> {
+    object: K,
     problem: Option<String>,
 }
 
-impl<'de> Deserialize<'de> for Submitted {
+impl<'de, K: Admissible> Deserialize<'de> for Submitted<K> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let value = Value::deserialize(deserializer)?;
-        Ok(match serde_json::from_value::<VirtualMachineInstanceMigration>(value) {
-            Ok(migration) if migration.spec.vmi_name.is_empty() => {
-                Self { migration, problem: Some("it has no spec.vmiName".to_owned()) }
-            }
-            Ok(migration) => Self { migration, problem: None },
-            Err(error) => Self { migration: VirtualMachineInstanceMigration::default(), problem: Some(error.to_string()) },
+        Ok(match serde_json::from_value::<K>(value) {
+            Ok(object) => Self { problem: object.problem().map(str::to_owned), object },
+            Err(error) => Self { object: K::default(), problem: Some(error.to_string()) },
         })
     }
 }
 
-impl Resource for Submitted {
+impl<K: Admissible> Resource for Submitted<K> {
     type DynamicType = ();
-    type Scope = <VirtualMachineInstanceMigration as Resource>::Scope;
+    type Scope = K::Scope;
 
     fn kind((): &()) -> std::borrow::Cow<'_, str> {
-        VirtualMachineInstanceMigration::kind(&())
+        K::kind(&())
     }
     fn group((): &()) -> std::borrow::Cow<'_, str> {
-        VirtualMachineInstanceMigration::group(&())
+        K::group(&())
     }
     fn version((): &()) -> std::borrow::Cow<'_, str> {
-        VirtualMachineInstanceMigration::version(&())
+        K::version(&())
     }
     fn plural((): &()) -> std::borrow::Cow<'_, str> {
-        VirtualMachineInstanceMigration::plural(&())
+        K::plural(&())
     }
     fn meta(&self) -> &ObjectMeta {
-        &self.migration.metadata
+        self.object.meta()
     }
     fn meta_mut(&mut self) -> &mut ObjectMeta {
-        &mut self.migration.metadata
+        self.object.meta_mut()
     }
 }
 
 /// A question of the API server.
 #[derive(Debug)]
-pub(super) struct Request(AdmissionRequest<Submitted>);
+pub(super) struct Request<K: Admissible>(AdmissionRequest<Submitted<K>>);
 
-impl Request {
+impl<K: Admissible> Request<K> {
     /// Reads a body.
     pub(super) fn read(body: &[u8]) -> Result<Self, ReviewError> {
         let no = |why: String| ReviewError::NoReview(why);
-        let review: AdmissionReview<Submitted> = serde_json::from_slice(body).map_err(|error| no(error.to_string()))?;
+        let review: AdmissionReview<Submitted<K>> = serde_json::from_slice(body).map_err(|error| no(error.to_string()))?;
         let types = &review.types;
         if (types.kind.as_str(), types.api_version.as_str()) != (admission::META_KIND, admission::META_API_VERSION_V1) {
             return Err(no(format!("it is a {} of {}", types.kind, types.api_version)));
         }
-        let request: AdmissionRequest<Submitted> = review.try_into().map_err(|_| no("it has no request".to_owned()))?;
+        let request: AdmissionRequest<Submitted<K>> = review.try_into().map_err(|_| no("it has no request".to_owned()))?;
         Ok(Self(request))
     }
 
@@ -106,9 +121,9 @@ impl Request {
         self.0.user_info.username.as_deref().unwrap_or_default()
     }
 
-    /// The migration, where it can be read.
-    pub(super) fn migration(&self) -> Option<&VirtualMachineInstanceMigration> {
-        self.0.object.as_ref().filter(|object| object.problem.is_none()).map(|object| &object.migration)
+    /// The object, where it can be read.
+    pub(super) fn object(&self) -> Option<&K> {
+        self.0.object.as_ref().filter(|object| object.problem.is_none()).map(|object| &object.object)
     }
 
     /// Why it cannot be read.
@@ -186,4 +201,13 @@ pub(super) fn annotate(migration: &VirtualMachineInstanceMigration, ours: BTreeM
         }
     }
     Patch(patch)
+}
+
+/// The patch that puts our gate on a pod.
+pub(super) fn gate(pod: &Pod) -> Patch {
+    let gate = json!({ "name": names::GATE });
+    let gates = |tail: Option<&str>| PointerBuf::from_tokens(["spec", "schedulingGates"].into_iter().chain(tail));
+    let present = pod.spec.as_ref().is_some_and(|spec| spec.scheduling_gates.is_some());
+    let (path, value) = if present { (gates(Some("-")), gate) } else { (gates(None), json!([gate])) };
+    Patch(vec![PatchOperation::Add(AddOperation { path, value })])
 }

@@ -1,0 +1,141 @@
+//! Carries out what [`super::hold`] says: takes our gate off, deletes what is abandoned, tells of both.
+
+use std::{sync::Arc, time::Duration};
+
+use futures::future::join_all;
+use k8s_openapi::{api::core::v1::Pod, jiff::Timestamp};
+use kube::{Resource, ResourceExt};
+use tokio::time::{Instant, timeout};
+use tracing::{info, warn};
+
+use super::{
+    Manager, WriteError,
+    hold::{self, HOLDING, LETTING_GO, Step},
+    observe::Notice,
+    watch::Key,
+};
+use crate::{
+    api::{
+        MigrationForecast,
+        kubevirt::{VirtualMachineInstance, VirtualMachineInstanceMigration},
+    },
+    decision::Decision,
+};
+
+/// At the end of the process this long is spent on taking gates off; then the next leader does.
+const LEAVING: Duration = Duration::from_secs(2);
+
+/// A migration of a VM, and what is to be done about it.
+#[derive(Debug, Clone)]
+pub(super) struct Case {
+    pub(super) migration: Arc<VirtualMachineInstanceMigration>,
+    pub(super) pod: Option<Pod>,
+    pub(super) decision: Decision,
+    pub(super) step: Step,
+}
+
+impl Manager {
+    /// What is to be done about each of a VM's migrations that are not over.
+    pub(super) fn cases(&self, migrations: &[Arc<VirtualMachineInstanceMigration>], pods: &[Arc<Pod>]) -> Vec<Case> {
+        let now = Timestamp::now();
+        let case = |migration: &Arc<VirtualMachineInstanceMigration>| {
+            let pod = hold::pod_of(pods, migration);
+            let decision = self.knowledge.judge(self.knowledge.candidate(migration, pod), now).decision;
+            let step = hold::step(migration, pod, &decision);
+            Case { migration: Arc::clone(migration), pod: pod.cloned(), decision, step }
+        };
+        migrations.iter().filter(|migration| migration.is_under_way()).map(case).collect()
+    }
+
+    /// Does what is to be done. Returns when to look again, where something is left to be done.
+    pub(super) async fn carry_out(
+        &self,
+        key: &Key,
+        vmi: Option<&VirtualMachineInstance>,
+        stored: Option<&MigrationForecast>,
+        cases: &[Case],
+    ) -> Result<Option<Duration>, WriteError> {
+        let mut again = None;
+        for Case { migration, pod, decision, step } in cases {
+            let name = migration.name_any();
+            match (step, pod.as_ref().filter(|pod| hold::is_gated(pod))) {
+                (Step::Hold, Some(_)) => {
+                    self.tell_once(key, migration, "MigrationHeld", false, &decision.message).await;
+                    again = Some(HOLDING);
+                }
+                (Step::LetGo, Some(pod)) => {
+                    // QEMU has one migration at a time.
+                    let since = self.remember(key, |memory| *memory.letting_go.get_or_insert_with(Instant::now));
+                    if hold::is_dry_running(stored) && since.elapsed() < LETTING_GO {
+                        again = Some(Duration::from_secs(1));
+                        continue;
+                    }
+                    self.writer.let_go(pod).await?;
+                    self.remember(key, |memory| memory.letting_go = None);
+                    info!(namespace = key.namespace, vm = key.name, migration = name, "let go");
+                    self.tell_once(key, migration, "MigrationReleased", false, &decision.message).await;
+                }
+                (Step::Abandon, _) => {
+                    self.writer.abandon(migration).await?;
+                    info!(namespace = key.namespace, vm = key.name, migration = name, reason = decision.reason, "abandoned");
+                    let note = format!("Migration {name} is abandoned before anything was sent. {}", decision.message);
+                    if self.tell_once(key, migration, "MigrationAbandoned", true, &note).await
+                        && let Some(vmi) = vmi
+                    {
+                        let notice = Notice { reason: "MigrationAbandoned", warning: true, note };
+                        self.writer.notify(&vmi.object_ref(&()), notice).await;
+                    }
+                }
+                (Step::Hold | Step::LetGo | Step::Leave, _) => {}
+            }
+        }
+        Ok(again)
+    }
+
+    /// An event on the migration, unless it has been told of already. False: it has.
+    async fn tell_once(
+        &self,
+        key: &Key,
+        migration: &VirtualMachineInstanceMigration,
+        reason: &'static str,
+        warning: bool,
+        note: &str,
+    ) -> bool {
+        let uid = migration.uid().unwrap_or_default();
+        let first = self.remember(key, |memory| memory.told_of.insert((uid, reason)));
+        if first {
+            self.writer.notify(&migration.object_ref(&()), Notice { reason, warning, note: note.to_owned() }).await;
+        }
+        first
+    }
+
+    /// Lets go those of a VM's pods whose migration nobody knows.
+    pub(super) async fn let_orphans_go(
+        &self,
+        pods: &[Arc<Pod>],
+        migrations: &[Arc<VirtualMachineInstanceMigration>],
+    ) -> Result<(), WriteError> {
+        let now = Timestamp::now();
+        for pod in pods.iter().filter(|pod| hold::is_orphan(pod, migrations, now)) {
+            self.writer.let_go(pod).await?;
+        }
+        Ok(())
+    }
+
+    /// Nobody may be here to let go what is held, once this process is gone.
+    pub(super) async fn let_everything_go(&self) {
+        let held = self.knowledge.pods.state_filter(hold::is_gated);
+        if held.is_empty() {
+            return;
+        }
+        info!(held = held.len(), "ending: letting go what is held");
+        let all = join_all(held.iter().map(|pod| self.writer.let_go(pod)));
+        let Ok(results) = timeout(LEAVING, all).await else {
+            warn!("migrations stay held until the next leader comes: the API server did not answer in time");
+            return;
+        };
+        for error in results.into_iter().filter_map(Result::err) {
+            warn!(%error, "a migration stays held until the next leader comes");
+        }
+    }
+}

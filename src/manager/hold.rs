@@ -1,0 +1,118 @@
+//! Migrations that are held: which, and what becomes of them. Pure.
+//!
+//! In: the migrations of a VM, the target pods, the decision on each migration as it is now, the time. Out: a [`Step`] for each. A migration is held
+//! by our scheduling gate on its target pod, which the pod webhook puts on; nothing is transferred while it is there. The gate never
+//! outlives its purpose: it goes when the decision is another one, and the decision is another one when the policy's deadline is over, when
+//! the dry run has ended, however it did, and when nothing is known any more.
+
+use std::time::Duration;
+
+use k8s_openapi::{api::core::v1::Pod, jiff::Timestamp};
+use kube::{Resource, ResourceExt};
+
+use crate::{
+    api::{
+        MigrationForecast,
+        kubevirt::VirtualMachineInstanceMigration,
+        names::{GATE, kubevirt},
+    },
+    decision::{Action, Decision},
+};
+
+/// How long a dry run that has been withdrawn gets to leave the VM before its migration goes on. Longer than an agent needs, and KubeVirt
+/// takes seconds from the end of the gate to the first page.
+pub const LETTING_GO: Duration = Duration::from_secs(10);
+/// A migration that is held is looked at this often, for its deadline.
+pub const HOLDING: Duration = Duration::from_secs(5);
+
+/// The label that a target pod of a migration bears, and hotplug attachment pods with it; the component tells them apart.
+pub fn selector() -> String {
+    format!("{}={},{}", kubevirt::COMPONENT, kubevirt::LAUNCHER, kubevirt::MIGRATION_JOB)
+}
+
+/// UID of the migration whose target pod this is. `None`: it is another kind of pod.
+pub fn migration_of(pod: &Pod) -> Option<&str> {
+    let labels = pod.metadata.labels.as_ref()?;
+    let launcher = labels.get(kubevirt::COMPONENT).is_some_and(|component| component == kubevirt::LAUNCHER);
+    labels.get(kubevirt::MIGRATION_JOB).map(String::as_str).filter(|uid| launcher && !uid.is_empty())
+}
+
+/// Name of the VM whose pod this is.
+pub fn vmi_of(pod: &Pod) -> Option<&str> {
+    pod.metadata.annotations.as_ref()?.get(kubevirt::DOMAIN).map(String::as_str)
+}
+
+/// Our gate is on it.
+pub fn is_gated(pod: &Pod) -> bool {
+    let gates = pod.spec.as_ref().and_then(|spec| spec.scheduling_gates.as_ref());
+    gates.is_some_and(|gates| gates.iter().any(|gate| gate.name == GATE))
+}
+
+/// Since when a pod is held, for how long at most: KubeVirt's clock runs from its creation, too.
+pub fn held_for(pod: &Pod, now: Timestamp) -> Duration {
+    let since = pod.meta().creation_timestamp.as_ref().map_or(now, |time| time.0);
+    // Of the future: clocks disagree.
+    Duration::try_from(now.duration_since(since)).unwrap_or_default()
+}
+
+/// What is to be done about a migration now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    /// Nothing: it is not ours to stop, or it goes its way.
+    Leave,
+    /// It waits for its dry run.
+    Hold,
+    /// Its gate goes, once no dry run is under way.
+    LetGo,
+    /// It is deleted: it would fail, and nothing is transferred yet.
+    Abandon,
+}
+
+/// Before KubeVirt hands it to the nodes: it can be ended without a trace (KubeVirt 1.9, `migration.go`).
+fn is_early(migration: &VirtualMachineInstanceMigration) -> bool {
+    matches!(migration.status.phase.as_str(), "" | "Pending" | "Scheduling")
+}
+
+/// `pod`: its target pod, if there is one. `decision`: as it is now, with the deadline of the hold in it.
+pub fn step(migration: &VirtualMachineInstanceMigration, pod: Option<&Pod>, decision: &Decision) -> Step {
+    let gated = pod.is_some_and(is_gated);
+    let ends = migration.metadata.deletion_timestamp.is_some();
+    match decision.action {
+        // KubeVirt takes its pod away; letting it go would only have it scheduled before.
+        _ if ends || !migration.is_under_way() => Step::Leave,
+        // What is not gated moves, or is about to.
+        Action::Hold if gated || (pod.is_none() && is_early(migration)) => Step::Hold,
+        Action::Deny if gated || (pod.is_none() && is_early(migration)) => Step::Abandon,
+        _ if gated => Step::LetGo,
+        _ => Step::Leave,
+    }
+}
+
+/// Nobody knows the migration of this pod that we hold, and not because its watch lags behind the pods'.
+pub fn is_orphan<M: AsRef<VirtualMachineInstanceMigration>>(pod: &Pod, migrations: &[M], now: Timestamp) -> bool {
+    let known = |uid: &str| migrations.iter().any(|migration| migration.as_ref().metadata.uid.as_deref() == Some(uid));
+    is_gated(pod) && !migration_of(pod).is_some_and(known) && held_for(pod, now) > LETTING_GO
+}
+
+/// A dry run of the VM may still be under way: the agent has begun it and not told of its end.
+pub fn is_dry_running(stored: Option<&MigrationForecast>) -> bool {
+    let Some(stored) = stored else { return false };
+    let status = stored.status.as_ref().and_then(|status| status.dry_run.as_ref());
+    match (&stored.spec.dry_run, status) {
+        // Asked for, and not heard of or not begun yet: it may begin at any moment.
+        (Some(asked), Some(status)) => asked.id != status.id || !status.phase.is_final(),
+        (Some(_), None) => true,
+        (None, Some(status)) => !status.phase.is_final() && status.started_at.is_some(),
+        (None, None) => false,
+    }
+}
+
+/// The pod of this migration.
+pub fn pod_of<'a, P: AsRef<Pod>>(pods: &'a [P], migration: &VirtualMachineInstanceMigration) -> Option<&'a Pod> {
+    let uid = migration.uid()?;
+    pods.iter().map(AsRef::as_ref).find(|pod| migration_of(pod) == Some(uid.as_str()))
+}
+
+#[cfg(test)]
+#[path = "hold_tests.rs"]
+mod tests;

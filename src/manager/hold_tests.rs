@@ -1,0 +1,124 @@
+//! What becomes of held migrations.
+#![allow(clippy::unwrap_used)]
+
+use std::sync::Arc;
+
+use serde_json::{Value, json};
+
+use super::*;
+use crate::{api::names::reason, model::forecast::Verdict};
+
+fn migration(phase: &str, more: &Value) -> Arc<VirtualMachineInstanceMigration> {
+    let mut object = json!({
+        "metadata": { "name": "m", "namespace": "shop", "uid": "uid-m" }, "spec": { "vmiName": "wild" }, "status": { "phase": phase }
+    });
+    json_patch::merge(&mut object, more);
+    Arc::new(serde_json::from_value(object).unwrap())
+}
+
+fn pod(gates: &[&str], more: &Value) -> Pod {
+    let gates: Vec<_> = gates.iter().map(|name| json!({ "name": name })).collect();
+    let mut object = json!({
+        "metadata": {
+            "name": "virt-launcher-wild-2", "namespace": "shop", "creationTimestamp": "2026-11-22T12:00:00Z",
+            "labels": { "kubevirt.io": "virt-launcher", "kubevirt.io/migrationJobUID": "uid-m" },
+            "annotations": { "kubevirt.io/domain": "wild" }
+        },
+        "spec": { "containers": [], "schedulingGates": gates }
+    });
+    json_patch::merge(&mut object, more);
+    serde_json::from_value(object).unwrap()
+}
+
+fn decided(action: Action) -> Decision {
+    Decision { action, verdict: Verdict::Borderline, reason: reason::NEAR_THE_LIMIT, message: String::new() }
+}
+
+fn at(time: &str) -> Timestamp {
+    format!("2026-11-22T{time}Z").parse().unwrap()
+}
+
+#[test]
+fn every_case_has_its_step() {
+    let none = json!({});
+    let (held, free) = (pod(&["other/gate", GATE], &none), pod(&["other/gate"], &none));
+    let leaving = json!({ "metadata": { "deletionTimestamp": "2026-11-22T12:00:00Z" } });
+    let comes = json!({ "spec": { "receive": { "migrationID": "x" } } });
+    for (migration, pod, [allow, warn, hold, deny]) in [
+        // No pod yet: it will be held, or need not begin.
+        (migration("", &none), None, [Step::Leave, Step::Leave, Step::Hold, Step::Abandon]),
+        (migration("Pending", &none), None, [Step::Leave, Step::Leave, Step::Hold, Step::Abandon]),
+        // Held.
+        (migration("Pending", &none), Some(&held), [Step::LetGo, Step::LetGo, Step::Hold, Step::Abandon]),
+        (migration("Scheduling", &none), Some(&held), [Step::LetGo, Step::LetGo, Step::Hold, Step::Abandon]),
+        // Not held: it goes its way, whatever is thought of it by now.
+        (migration("Scheduling", &none), Some(&free), [Step::Leave; 4]),
+        (migration("Scheduled", &none), None, [Step::Leave; 4]),
+        (migration("Running", &none), None, [Step::Leave; 4]),
+        // Over, or none of ours.
+        (migration("Failed", &none), Some(&held), [Step::Leave; 4]),
+        (migration("Scheduling", &leaving), Some(&held), [Step::Leave; 4]),
+        (migration("Pending", &comes), None, [Step::Leave; 4]),
+    ] {
+        let steps = [Action::Allow, Action::AllowWithWarning, Action::Hold, Action::Deny]
+            .map(|action| step(&migration, pod, &decided(action)));
+        assert_eq!(steps, [allow, warn, hold, deny], "{} gated: {:?}", migration.status.phase, pod.map(is_gated));
+    }
+}
+
+#[test]
+fn only_target_pods_are_known_by_their_migration() {
+    assert_eq!(migration_of(&pod(&[], &json!({}))), Some("uid-m"));
+    let attachment = json!({ "metadata": { "labels": { "kubevirt.io": "hotplug-disk" } } });
+    let nameless = json!({ "metadata": { "labels": { "kubevirt.io/migrationJobUID": "" } } });
+    let source = json!({ "metadata": { "labels": { "kubevirt.io/migrationJobUID": null } } });
+    for more in [attachment, nameless, source] {
+        assert_eq!(migration_of(&pod(&[], &more)), None, "{more}");
+    }
+    let none: [Arc<Pod>; 0] = [];
+    assert!(pod_of(&[Arc::new(pod(&[], &json!({})))], &migration("", &json!({}))).is_some());
+    assert!(pod_of(&none, &migration("", &json!({}))).is_none());
+}
+
+#[test]
+fn a_pod_whose_migration_nobody_knows_is_let_go_once_the_watches_had_their_time() {
+    let (held, known) = (pod(&[GATE], &json!({})), [migration("Pending", &json!({}))]);
+    let nobody: [Arc<VirtualMachineInstanceMigration>; 0] = [];
+    assert!(!is_orphan(&held, &nobody, at("12:00:10")), "the watch may lag");
+    assert!(is_orphan(&held, &nobody, at("12:00:11")));
+    assert!(!is_orphan(&held, &known, at("13:00:00")));
+    assert!(!is_orphan(&pod(&[], &json!({})), &nobody, at("13:00:00")), "none of ours");
+    assert_eq!(held_for(&held, at("12:05:00")).as_secs(), 300);
+    assert_eq!(held_for(&held, at("11:00:00")).as_secs(), 0, "clocks disagree");
+}
+
+#[test]
+fn a_dry_run_is_waited_for_until_it_says_that_it_has_ended() {
+    let stored = |asked: Value, status: Value| -> MigrationForecast {
+        serde_json::from_value(json!({
+            "apiVersion": "migvisor.io/v1alpha1", "kind": "MigrationForecast", "metadata": { "name": "wild" },
+            "spec": {
+                "nodeName": "n", "podUID": "p", "guestMemory": "1Gi", "bandwidth": "0", "bandwidthSource": "Unlimited",
+                "downtimeLimit": "300ms", "dryRun": asked
+            },
+            "status": { "dryRun": status }
+        }))
+        .unwrap()
+    };
+    let (ours, started) = (json!({ "id": "a" }), "2026-11-22T12:00:00Z");
+    for (asked, status, expected) in [
+        (Value::Null, Value::Null, false),
+        (ours.clone(), Value::Null, true),
+        (ours.clone(), json!({ "id": "before", "phase": "Done" }), true),
+        (ours.clone(), json!({ "id": "a", "phase": "Running", "startedAt": started }), true),
+        (ours.clone(), json!({ "id": "a", "phase": "Done", "startedAt": started }), false),
+        (ours, json!({ "id": "a", "phase": "Waiting" }), true),
+        (Value::Null, json!({ "id": "a", "phase": "Waiting" }), false),
+        // Withdrawn: the agent has not said yet that it has ended.
+        (Value::Null, json!({ "id": "a", "phase": "Running", "startedAt": started }), true),
+        (Value::Null, json!({ "id": "a", "phase": "Cancelled", "startedAt": started }), false),
+    ] {
+        assert_eq!(is_dry_running(Some(&stored(asked.clone(), status.clone()))), expected, "{asked} {status}");
+    }
+    assert!(!is_dry_running(None));
+}
