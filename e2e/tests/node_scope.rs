@@ -249,6 +249,41 @@ async fn the_controller_is_on_a_leash() -> Result<()> {
     only_gates(&cluster().await?).await
 }
 
+/// What becomes of migrations of a VM that would fail, where admission is not asked: a person's, and a drain's whose target pod is held.
+async fn abandoned_and_let_go(plane: &ControlPlane) -> Result<()> {
+    println!("--- a person's migration that would fail is abandoned, as admission is not asked here; a drain's is let go");
+    let migrations = vmims(&plane.client()?, NAMESPACE);
+    plane.accepts(&vmim_manifest(NAMESPACE, "m0", "vm1").to_string()).await?;
+    wait_for("m0 to be deleted", SOON, async || Ok(migrations.get_opt("m0").await?.is_none().then_some(()))).await?;
+    event_in(plane, "MigrationAbandoned", "VirtualMachineInstanceMigration", "m0").await?;
+    event_in(plane, "MigrationAbandoned", "VirtualMachineInstance", "vm1").await?;
+
+    let mut drained = vmim_manifest(NAMESPACE, "m1", "vm1");
+    drained["metadata"]["annotations"] = json!({ "kubevirt.io/evacuationMigration": "node-a" });
+    plane.accepts(&drained.to_string()).await?;
+    let job = migrations.get("m1").await?.uid();
+    let target = json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": {
+            "namespace": NAMESPACE, "name": "virt-launcher-vm1-target", "annotations": { "kubevirt.io/domain": "vm1" },
+            "labels": { "kubevirt.io": "virt-launcher", "kubevirt.io/migrationJobUID": job },
+        },
+        "spec": {
+            "containers": [{ "name": "compute", "image": "virt-launcher" }], "automountServiceAccountToken": false,
+            "schedulingGates": [{ "name": "migvisor.io/dry-run" }, { "name": "other/gate" }],
+        },
+    });
+    plane.accepts(&target.to_string()).await?;
+    let pods: Api<Pod> = Api::namespaced(plane.client()?, NAMESPACE);
+    let gates = async || {
+        let pod = pods.get("virt-launcher-vm1-target").await?;
+        let gates = pod.spec.and_then(|spec| spec.scheduling_gates).unwrap_or_default();
+        Ok((gates.len() == 1).then(|| gates[0].name.clone()))
+    };
+    ensure!(wait_for("our gate to go", SOON, gates).await? == "other/gate");
+    event_in(plane, "MigrationReleased", "VirtualMachineInstanceMigration", "m1").await.map(drop)
+}
+
 async fn story(plane: &ControlPlane) -> Result<()> {
     let admin = plane.client()?;
     let policy = json!({
@@ -295,37 +330,8 @@ async fn story(plane: &ControlPlane) -> Result<()> {
     let progress = DryRunStatus::new(dry_run.id.clone(), asked.question().fingerprint, DryRunPhase::Running, "");
     apply(&scene.agent, AGENT_DRY_RUN, "vm1", json!({ "dryRun": progress })).await?;
 
-    println!("--- a person's migration that would fail is abandoned, as admission is not asked here; a drain's is let go");
+    abandoned_and_let_go(plane).await?;
     let migrations = vmims(&admin, NAMESPACE);
-    plane.accepts(&vmim_manifest(NAMESPACE, "m0", "vm1").to_string()).await?;
-    wait_for("m0 to be deleted", SOON, async || Ok(migrations.get_opt("m0").await?.is_none().then_some(()))).await?;
-    event_in(plane, "MigrationAbandoned", "VirtualMachineInstanceMigration", "m0").await?;
-    event_in(plane, "MigrationAbandoned", "VirtualMachineInstance", "vm1").await?;
-
-    let mut drained = vmim_manifest(NAMESPACE, "m1", "vm1");
-    drained["metadata"]["annotations"] = json!({ "kubevirt.io/evacuationMigration": "node-a" });
-    plane.accepts(&drained.to_string()).await?;
-    let job = migrations.get("m1").await?.uid();
-    let target = json!({
-        "apiVersion": "v1", "kind": "Pod",
-        "metadata": {
-            "namespace": NAMESPACE, "name": "virt-launcher-vm1-target", "annotations": { "kubevirt.io/domain": "vm1" },
-            "labels": { "kubevirt.io": "virt-launcher", "kubevirt.io/migrationJobUID": job },
-        },
-        "spec": {
-            "containers": [{ "name": "compute", "image": "virt-launcher" }], "automountServiceAccountToken": false,
-            "schedulingGates": [{ "name": "migvisor.io/dry-run" }, { "name": "other/gate" }],
-        },
-    });
-    plane.accepts(&target.to_string()).await?;
-    let pods: Api<Pod> = Api::namespaced(admin.clone(), NAMESPACE);
-    let gates = async || {
-        let pod = pods.get("virt-launcher-vm1-target").await?;
-        let gates = pod.spec.and_then(|spec| spec.scheduling_gates).unwrap_or_default();
-        Ok((gates.len() == 1).then(|| gates[0].name.clone()))
-    };
-    ensure!(wait_for("our gate to go", SOON, gates).await? == "other/gate");
-    event_in(plane, "MigrationReleased", "VirtualMachineInstanceMigration", "m1").await?;
     let uid = migrations.get("m1").await?.uid();
     let told = |forecast: &MigrationForecast| forecast.hint().map(|hint| (hint.migration_uid, hint.phase.as_str()));
     let pending = uid.clone().map(|uid| (uid, "Pending"));

@@ -8,12 +8,9 @@ use k8s_openapi::{
 };
 
 use crate::{
-    api::{
-        MigrationForecastSpec, MigrationForecastStatus, QuestionRef, dry_run::DryRunStatus, forecast::is_fresh, names::reason,
-        scalar,
-    },
+    api::{MigrationForecastSpec, MigrationForecastStatus, names::reason, scalar},
     model::{
-        forecast::{Forecast, HostConstants, Question, Verdict},
+        forecast::{HostConstants, Question, Verdict},
         units::BytesPerSecond,
     },
 };
@@ -59,19 +56,6 @@ fn keep<T>(value: &mut T, given: bool, otherwise: T) {
     if !given {
         *value = otherwise;
     }
-}
-
-/// What a dry run says of this question, and when it was: `None` where it ran under another question, ended without a result, or was
-/// too long ago. `pattern` is the replay, for what one run cannot tell.
-pub fn rehearsed(
-    run: &DryRunStatus,
-    question: &Question,
-    name: &QuestionRef,
-    pattern: Option<&Forecast>,
-    now: Timestamp,
-) -> Option<(Forecast, Timestamp)> {
-    let ended = run.completed_at.as_ref().filter(|ended| is_fresh(Some(ended), now))?;
-    Some((run.result_for(&name.fingerprint)?.forecast(question, pattern)?, ended.0))
 }
 
 /// Adds the condition `LowConfidence`, with the time of its last turn carried on from what was published before.

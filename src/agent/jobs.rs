@@ -20,7 +20,7 @@ use tracing::{debug, warn};
 use super::{
     Options,
     along::{self, Reading, Truth},
-    answer::{self, Asked},
+    answer::Asked,
     checkpoint::{Checkpoint, CheckpointError, Epoch},
     locate::{Locate, LocateError},
     publish::{Part, PublishError, Written, publish},
@@ -240,7 +240,7 @@ async fn status(known: Known, now: Timestamp) -> MigrationForecastStatus {
         }
     };
     let pattern = replayed.as_ref().map(|(forecast, _)| forecast);
-    let rehearsed = dry_run.and_then(|run| answer::rehearsed(&run, &question, &name, pattern, now));
+    let rehearsed = dry_run.and_then(|run| run.rehearsed(&name.fingerprint, &question, pattern, now));
     if let Some((forecast, at)) = rehearsed.or(replayed) {
         return MigrationForecastStatus::from_forecast(&forecast, &question, &name, at);
     }

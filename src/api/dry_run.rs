@@ -320,6 +320,19 @@ impl DryRunStatus {
         self.question.as_deref() == Some(fingerprint) && self.phase.is_final() && is_fresh(self.completed_at.as_ref(), now)
     }
 
+    /// What it says of this question (its fingerprint, and read), and when it was: `None` where it ran under another question, ended without
+    /// a result, or was too long ago. `pattern` is the replay, for what one run cannot tell.
+    pub fn rehearsed(
+        &self,
+        fingerprint: &str,
+        question: &Question,
+        pattern: Option<&Forecast>,
+        now: Timestamp,
+    ) -> Option<(Forecast, Timestamp)> {
+        let ended = self.completed_at.as_ref().filter(|ended| is_fresh(Some(ended), now))?;
+        Some((self.result_for(fingerprint)?.forecast(question, pattern)?, ended.0))
+    }
+
     /// The result, if it is one for this question (its fingerprint).
     pub fn result_for(&self, fingerprint: &str) -> Option<&DryRunResult> {
         self.result.as_ref().filter(|_| self.phase == DryRunPhase::Done && self.question.as_deref() == Some(fingerprint))

@@ -11,7 +11,7 @@ use k8s_openapi::jiff::Timestamp;
 
 use crate::{
     api::{
-        MigrationForecast, MigrationForecastSpec,
+        MigrationForecast, MigrationForecastSpec, MigrationForecastStatus,
         forecast::{BudgetEnd, is_fresh},
         kubevirt::{VirtualMachineInstance, VirtualMachineInstanceMigration},
         migration_override::MigrationOverride,
@@ -194,13 +194,26 @@ pub fn assess(forecast: Option<&MigrationForecast>, present: Option<&MigrationFo
             "the VM has not been looked at for more than 20 minutes (is the agent on its node running, and well?)",
         );
     }
-    match status.forecast() {
+    let pattern = status.forecast();
+    match tried_out(status, present, pattern.as_ref(), now).or(pattern) {
         Some(forecast) if forecast.verdict != Verdict::Fails || forecast.probability <= MOST_PROBABILITY_DENIED => {
             Assessment::Known(Box::new(forecast))
         }
         Some(_) => unknown(reason::NOT_MEASURED, "the answer contradicts itself"),
         None => unknown(reason::NOT_MEASURED, "the answer is incomplete"),
     }
+}
+
+/// What a dry run says that has ended while the answer is still the pattern's: the agent writes the one after the other.
+fn tried_out(
+    status: &MigrationForecastStatus,
+    present: &MigrationForecastSpec,
+    pattern: Option<&Forecast>,
+    now: Timestamp,
+) -> Option<Forecast> {
+    let run = status.dry_run.as_ref().filter(|run| run.result.is_some() && status.method != Some(Method::DryRun))?;
+    let (forecast, _) = run.rehearsed(&present.fingerprint(), &present.question().ok()?, pattern, now)?;
+    Some(forecast)
 }
 
 /// Allow, warn, hold or deny.

@@ -10,7 +10,7 @@ use super::*;
 use crate::{
     api::{
         MigrationForecastStatus, MigrationOverrideSpec, PredictionPolicySpec, convert,
-        dry_run::{DryRun, DryRunPhase, DryRunStatus},
+        dry_run::{Counted, DryRun, DryRunPhase, DryRunResult, DryRunStatus},
         forecast::{BandwidthSource, Sla},
         policy::DryRunPolicy,
         scalar,
@@ -224,6 +224,33 @@ fn a_dry_run_that_ended_without_a_result_is_not_waited_for() {
         object.status.as_mut().unwrap().dry_run = Some(status(phase));
         let input = Input { policy: Some(&policy), ..input(&object, &present, Mode::Enforce) };
         assert_eq!(decide(&input).action, expected, "{phase:?}");
+    }
+}
+
+/// The agent writes the dry run's result first, the answer that rests on it after that: in between nothing is let go by what the pattern says.
+#[test]
+fn a_dry_run_that_has_ended_speaks_before_the_answer_does() {
+    let (mut object, present) = (object(spec(), &model(Verdict::Borderline, 0.5), MINUTE), spec());
+    let mut policy = policy(Mode::Enforce);
+    policy.spec.dry_run = Some(DryRunPolicy { mode: DryRunMode::OnDemand, ..DryRunPolicy::default() });
+    let tried = |verdict, p| {
+        let forecast = Forecast { method: Method::DryRun, ..model(verdict, p) };
+        DryRunStatus {
+            completed_at: Some(Time(now())),
+            result: Some(DryRunResult::from_forecast(&forecast, Counted::default())),
+            ..DryRunStatus::new("doubt-1", present.fingerprint(), DryRunPhase::Done, "")
+        }
+    };
+    for (verdict, p, expected) in [
+        (Verdict::Fails, 0.0, Action::Deny),
+        (Verdict::Converges, 1.0, Action::Allow),
+        (Verdict::Borderline, 1.0, Action::AllowWithWarning),
+    ] {
+        object.status.as_mut().unwrap().dry_run = Some(tried(verdict, p));
+        let input = Input { policy: Some(&policy), stage: Stage::Admitted, ..input(&object, &present, Mode::Enforce) };
+        let decision = decide(&input);
+        assert_eq!((decision.action, decision.verdict), (expected, verdict), "{}", decision.message);
+        assert!(decision.message.contains("after a dry run"), "{}", decision.message);
     }
 }
 
