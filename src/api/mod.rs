@@ -9,6 +9,7 @@
 //! | [`dry_run`] | a forecast's dry run: asked for, in progress, answered; and its way to and from the model |
 //! | [`migration`] | real migrations: the hint that one is under way, what the agent reads of it, the truth at its end |
 //! | [`policy`] | PredictionPolicy, and which one applies to a VM |
+//! | [`remedy`] | what may be done about a migration that would not converge: allowed, asked, answered |
 //! | [`convert`] | between these objects, the model and the annotations |
 //! | [`kubevirt`] | KubeVirt's objects, as far as we read them |
 //! | [`names`] | annotation keys, labels, reasons, field managers |
@@ -23,6 +24,7 @@ pub mod kubevirt;
 pub mod migration;
 pub mod names;
 pub mod policy;
+pub mod remedy;
 pub mod scalar;
 mod schema;
 
