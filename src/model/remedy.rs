@@ -139,7 +139,7 @@ impl Case<'_> {
         let settings = settings(self.question);
         let mut percent = Vec::new();
         let runs = some(|run| {
-            let mut ramp = AutoConverge::new(&settings);
+            let mut ramp = AutoConverge::new(&settings, self.pattern.cpus());
             let outcome = steered(self.pattern, course(self.pattern, run), &settings, &mut ramp);
             percent.push(f64::from(ramp.percent()));
             outcome
@@ -287,3 +287,7 @@ fn least(from: u64, most: u64, likely: impl Fn(u64) -> bool, whole_answer: impl 
     }
     (Some(most), last)
 }
+
+#[cfg(test)]
+#[path = "remedy_tests.rs"]
+mod tests;

@@ -88,10 +88,15 @@ pub(super) struct Unsteered;
 impl Steering for Unsteered {}
 
 /// QEMU's auto-converge (`migration_trigger_throttle`, `mig_throttle_guest_down`): where the guest dirties more than half of what is
-/// transferred, its CPUs are put to sleep for 20 % of the time, then for 10 % more, to 99 %.
+/// transferred, its CPUs are put to sleep for 20 % of the time, then for 10 % more, to 99 %. A CPU that was idle for as long anyhow does
+/// the same work as before.
 #[derive(Debug)]
-pub(super) struct AutoConverge {
+pub(super) struct AutoConverge<'a> {
     percent: u32,
+    /// How busy each CPU is when nothing hinders it.
+    cpus: &'a [f64],
+    /// How fast the guest's clock runs.
+    pace: f64,
     /// What the guest's clock showed, and when.
     clock: (f64, f64),
     checked_at: f64,
@@ -103,12 +108,14 @@ pub(super) struct AutoConverge {
     syncs_at_tick: u64,
 }
 
-impl AutoConverge {
-    /// From the first sync on.
-    pub(super) fn new(settings: &Settings) -> Self {
+impl<'a> AutoConverge<'a> {
+    /// From the first sync on. `cpus`: how busy each CPU of the guest is, 0..=1; empty: taken as busy all the time.
+    pub(super) fn new(settings: &Settings, cpus: &'a [f64]) -> Self {
         let start = settings.host.setup_ms;
         Self {
             percent: 0,
+            cpus,
+            pace: 1.0,
             clock: (start, start),
             checked_at: start,
             dirtied: 0.0,
@@ -129,13 +136,17 @@ impl AutoConverge {
         self.clock = (self.guest(now), now);
         self.percent = percent;
         self.quiet = 0;
+        let left = 1.0 - f64::from(percent) / 100.0;
+        let wanted: f64 = self.cpus.iter().sum();
+        let given: f64 = self.cpus.iter().map(|busy| busy.min(left)).sum();
+        self.pace = if wanted > 0.0 { given / wanted } else { left };
     }
 }
 
-impl Steering for AutoConverge {
+impl Steering for AutoConverge<'_> {
     fn guest(&self, now: f64) -> f64 {
         let (showed, at) = self.clock;
-        showed + (now - at) * (1.0 - f64::from(self.percent) / 100.0)
+        showed + (now - at) * self.pace
     }
 
     fn wants_sync(&mut self, now: f64, syncs: u64) -> bool {
