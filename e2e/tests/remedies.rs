@@ -83,7 +83,7 @@ async fn a_wild_guest_gets_through_as_forecast() {
     source = target;
 
     let faster = ask(&pattern, &question, Remedy::Bandwidth { most: BytesPerSecond(1 << 30) });
-    let Some(Value::Bandwidth(rate)) = faster.value else { panic!("{faster:?}") };
+    let Some(Value::Bandwidth(rate)) = faster.value else { unreachable!("{faster:?}") };
     let mut target = Vm::incoming(spec.clone()).await.unwrap();
     let faster_settings = Settings { bandwidth: Bandwidth::Capped(rate), ..under };
     let truth = migrate(&mut source, &mut target, faster_settings).await.unwrap();
@@ -91,7 +91,7 @@ async fn a_wild_guest_gets_through_as_forecast() {
     source = target;
 
     let post = ask(&pattern, &question, Remedy::PostCopy);
-    let Some(Value::PerGigabyte(seconds)) = post.value else { panic!("{post:?}") };
+    let Some(Value::PerGigabyte(seconds)) = post.value else { unreachable!("{post:?}") };
     let mut target = Vm::incoming(spec.clone()).await.unwrap();
     for vm in [&mut source, &mut target] {
         set_capabilities(vm.lab(), &[("postcopy-ram", true)]).await.unwrap();
@@ -116,7 +116,7 @@ async fn a_longer_budget_is_long_enough_and_hardly_longer() {
     let pattern = look(&source).await;
     let question = settings(CALM_CAP, 3).question(HostConstants::default());
     let longer = ask(&pattern, &question, Remedy::TimeBudget { most_per_gigabyte: 60 });
-    let Some(Value::PerGigabyte(seconds)) = longer.value else { panic!("{longer:?}") };
+    let Some(Value::PerGigabyte(seconds)) = longer.value else { unreachable!("{longer:?}") };
     let mut target = Vm::incoming(spec.clone()).await.unwrap();
     let truth = migrate(&mut source, &mut target, settings(CALM_CAP, seconds)).await.unwrap();
     assert!(off("time budget", &longer, &truth) < 0.15);

@@ -91,3 +91,64 @@ pub fn worth_writing(old: Option<&RemedyAnswers>, new: Option<&RemedyAnswers>) -
     };
     old.asked != new.asked || old.answers.len() != new.answers.len() || old.answers.iter().zip(&new.answers).any(differ)
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use serde_json::json;
+
+    use super::*;
+    use crate::{
+        api::remedy::RemedyType,
+        model::{
+            forecast::Verdict,
+            pattern::{Sample, Traces, Writer},
+        },
+    };
+
+    fn spec(remedies: serde_json::Value) -> MigrationForecastSpec {
+        let mut spec = json!({
+            "nodeName": "n", "podUID": "u", "guestMemory": "1Gi", "bandwidth": "100Mi", "bandwidthSource": "PredictionPolicy",
+            "downtimeLimit": "300ms", "timeBudget": "40s"
+        });
+        spec["remedies"] = remedies;
+        serde_json::from_value(spec).unwrap()
+    }
+
+    #[test]
+    fn nothing_but_what_is_asked_is_answered() {
+        assert_eq!(Asked::of(&spec(json!([]))), None);
+        let writer = Writer::Random { rate: 0.01 };
+        let samples = (0..256).map(|i| Sample { page: i * 1024, weight: 1024.0, zero: false, writer }).collect();
+        let pattern = Pattern::new(samples, Traces::default(), 12_000.0).unwrap();
+        let spec = spec(json!([{ "type": "PostCopy" }, { "type": "Downtime" }]));
+        let (asked, question) = (Asked::of(&spec).unwrap(), spec.question().unwrap());
+        let given = asked.answer(&pattern, &question, None, Timestamp::now());
+        assert!(asked.is_answered(Some(&given)) && !asked.is_answered(None));
+        let [post_copy, downtime] = given.answers.as_slice() else { unreachable!("{given:?}") };
+        assert_eq!((post_copy.kind, post_copy.verdict), (RemedyType::PostCopy, Verdict::Converges));
+        assert_eq!((downtime.kind, downtime.verdict), (RemedyType::Downtime, Verdict::Unknown));
+        assert!(downtime.message.contains("spec.remedies.maxDowntime"), "{downtime:?}");
+    }
+
+    #[test]
+    fn noise_is_not_worth_a_write() {
+        let asked = Asked::of(&spec(json!([{ "type": "AutoConverge" }]))).unwrap();
+        let unknown = asked.unknown("not looked at yet");
+        let with = |verdict, seconds| {
+            let mut given = unknown.clone();
+            given.answers[0].verdict = verdict;
+            given.answers[0].total_time = Some(crate::api::scalar::Duration::from_ms(seconds * 1000.0));
+            given
+        };
+        let worth = |old: &RemedyAnswers, new: &RemedyAnswers| worth_writing(Some(old), Some(new));
+        assert!(!worth(&with(Verdict::Converges, 10.0), &with(Verdict::Converges, 10.5)));
+        assert!(worth(&with(Verdict::Converges, 10.0), &with(Verdict::Converges, 20.0)));
+        assert!(
+            worth(&with(Verdict::Converges, 10.0), &with(Verdict::Fails, 10.0)) && worth(&unknown, &with(Verdict::Fails, 10.0))
+        );
+        assert!(worth_writing(None, Some(&unknown)) && worth_writing(Some(&unknown), None) && !worth_writing(None, None));
+        let other = Asked::of(&spec(json!([{ "type": "PostCopy" }]))).unwrap().unknown("not looked at yet");
+        assert!(worth(&unknown, &other));
+    }
+}
