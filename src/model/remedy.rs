@@ -128,9 +128,13 @@ impl Case<'_> {
             .map_or(f64::INFINITY, |end| end * (1.0 + HOST_SHARE) + LOST_WINDOW_MS);
         let per_gigabyte = (needed <= longest).then(|| whole((needed / 1000.0 / gigabytes(self.guest).max(1) as f64).ceil()));
         let value = per_gigabyte.filter(|_| needed > now);
-        let deadline = value.and_then(|value| time_budget(value, self.guest)).map_or(longest.max(now), milliseconds);
-        for run in &mut runs {
-            run.converged &= run.total_ms <= deadline;
+        let deadline = match value {
+            Some(value) => time_budget(value, self.guest).map_or(now, milliseconds),
+            None if needed <= now => now,
+            None => longest.max(now),
+        };
+        for run in runs.iter_mut().filter(|run| run.total_ms > deadline) {
+            (run.converged, run.total_ms) = (false, deadline);
         }
         self.judge(remedy, &runs).with(value.map(Value::PerGigabyte))
     }
@@ -197,7 +201,8 @@ impl Case<'_> {
                 let mut until = UntilPostCopy::new(begins);
                 let outcome = steered(self.pattern, course(self.pattern, run), &settings, &mut until);
                 // QEMU's cap on bandwidth is none of post-copy's (`max-postcopy-bandwidth`, 0).
-                let missing_ms = until.missing().map_or(0.0, |pages| pages * WIRE_PAGE / host.line_rate.per_ms());
+                let missing = until.missing().filter(|_| !outcome.converged).unwrap_or(0.0);
+                let missing_ms = missing * WIRE_PAGE / host.line_rate.per_ms();
                 degraded.push(missing_ms);
                 if outcome.converged {
                     return outcome;
@@ -266,10 +271,11 @@ fn some(mut replay: impl FnMut(u32) -> Outcome) -> Vec<Outcome> {
 /// cheap look, which may err.
 fn least(from: u64, most: u64, likely: impl Fn(u64) -> bool, whole_answer: impl Fn(u64) -> Answer) -> (Option<u64>, Answer) {
     let does = |answer: &Answer| answer.verdict == Verdict::Converges;
-    let (first, last) = (whole_answer(from), whole_answer(most));
+    let first = whole_answer(from);
     if does(&first) {
         return (Some(from), first);
     }
+    let last = whole_answer(most);
     if !does(&last) {
         return (None, last);
     }
