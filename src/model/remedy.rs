@@ -20,6 +20,9 @@ use super::{
 const REPLAYS: u32 = 20;
 /// Where all of so many replays fail, more of them would as well.
 const ENOUGH_TO_FAIL: u32 = 5;
+/// So much more than the least is asked for, where the limit allows: a pattern is of a part of the pages, its rates are off by a few per
+/// cent, and at the edge that decides.
+const MARGIN: f64 = 1.1;
 /// A search ends when it knows the answer this closely, and climbs from there in such steps.
 const STEP: f64 = 1.02;
 /// KubeVirt looks every 400 ms whether the budget has ended, in whole seconds, by `>`: so late it notices, on average, ms.
@@ -164,7 +167,8 @@ impl Case<'_> {
             return self.judge(remedy, &self.plainly(&best));
         }
         let likely = |mib| self.meets(&replay(self.pattern, course(self.pattern, 0), &at(mib)));
-        let (mib, answer) = least(needed.max(now), most, likely, |mib| self.judge(remedy, &self.plainly(&at(mib))));
+        let roomy = whole((needed as f64 * MARGIN).ceil()).clamp(now, most);
+        let (mib, answer) = least(roomy, most, likely, |mib| self.judge(remedy, &self.plainly(&at(mib))));
         answer.with(mib.filter(|mib| *mib > now).map(|mib| Value::Bandwidth(BytesPerSecond(mib << 20))))
     }
 
@@ -179,8 +183,7 @@ impl Case<'_> {
         }
         let likely = |limit| self.meets(&run_at(limit, 0));
         let (limit, answer) = least(now, most, likely, |limit| self.judge(remedy, &some(|run| run_at(limit, run))));
-        // What is measured of the bandwidth is not as even as what is replayed.
-        let roomy = |limit: u64| whole((limit as f64 * (1.0 + HOST_SHARE)).ceil()).min(most);
+        let roomy = |limit: u64| whole((limit as f64 * MARGIN).ceil()).min(most);
         answer.with(limit.filter(|limit| *limit > now).map(|limit| Value::Downtime(Duration::from_millis(roomy(limit)))))
     }
 

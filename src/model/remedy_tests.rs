@@ -102,7 +102,7 @@ fn bandwidth_is_whole_mebibytes_and_does() {
     assert!(rate.0.is_multiple_of(1 << 20) && rate.0 > 40 << 20);
     let at = |rate: u64| Question { bandwidth: Bandwidth::Capped(BytesPerSecond(rate)), ..slow.clone() };
     assert_eq!(forecast(&pattern, &at(rate.0)).verdict, Verdict::Converges);
-    assert_ne!(forecast(&pattern, &at(rate.0 * 9 / 10)).verdict, Verdict::Converges, "hardly more than is needed");
+    assert_ne!(forecast(&pattern, &at(rate.0 * 8 / 10)).verdict, Verdict::Converges, "hardly more than is needed");
     let hurried = Question { sla: Sla { total_time: Some(Duration::from_secs(2)), ..Sla::default() }, ..slow.clone() };
     let faster = answer(&pattern, &hurried, Remedy::Bandwidth { most: BytesPerSecond(1 << 30) });
     assert!(faster.total_ms <= 2000.0 && matches!(faster.value, Some(Value::Bandwidth(more)) if more > rate), "{faster:?}");
