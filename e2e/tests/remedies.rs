@@ -108,6 +108,35 @@ async fn a_wild_guest_gets_through_as_forecast() {
     assert!(off("post-copy", &post, &truth.unwrap()) < 0.3);
 }
 
+/// Auto-converge, guest by guest: ones that compute, and one that waits for most of its time and so hardly feels it until 80 %.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_throttled_guest_slows_down_as_forecast() {
+    let _alone = ALONE.lock().await;
+    let cases = [
+        ("uniform", GuestSpec::uniform(65_536, 40).computing(), 512, 120),
+        // A pass takes longer than the 5 s after which QEMU looks all the same.
+        ("large", GuestSpec::uniform(200_000, 40).computing(), 1024, 110),
+        ("waiting", GuestSpec::uniform(32_768, 40), 512, 80),
+    ];
+    let mut errors = vec![];
+    for (name, guest, memory_mib, cap) in cases {
+        let spec = VmSpec::new(guest).memory_mib(memory_mib);
+        let mut source = Vm::start(spec.clone()).await.unwrap();
+        let pattern = look(&source).await;
+        let under = Settings { time_budget: Duration::from_secs(90), ..Settings::capped(cap) };
+        let throttled = ask(&pattern, &under.question(HostConstants::default()), Remedy::AutoConverge);
+        assert_eq!(throttled.verdict, Verdict::Converges, "{name}: {throttled:?}");
+        let mut target = Vm::incoming(spec).await.unwrap();
+        set_capabilities(source.lab(), &[("auto-converge", true)]).await.unwrap();
+        let truth = migrate(&mut source, &mut target, under).await.unwrap();
+        println!("{name}: busy {:?}, syncs {}", pattern.cpus(), truth.syncs);
+        errors.push((off(name, &throttled, &truth), name));
+    }
+    errors.sort_by(|a, b| a.0.total_cmp(&b.0));
+    println!("{errors:?}");
+    assert!(errors[errors.len() / 2].0 < 0.1, "{errors:?}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_longer_budget_is_long_enough_and_hardly_longer() {
     let _alone = ALONE.lock().await;
