@@ -1,4 +1,5 @@
-//! The model on a pattern of 4 096 samples: one replay, one least convergent bandwidth, one whole forecast.
+//! The model on a pattern of 4 096 samples: one replay, one least convergent bandwidth, one whole forecast,
+//! and what would help.
 #![allow(missing_docs, clippy::unwrap_used)]
 
 #[path = "../tests/common/mod.rs"]
@@ -11,8 +12,9 @@ use criterion::{Criterion, criterion_group, criterion_main};
 use migvisor::model::{
     forecast::{CostWeights, HostConstants, Question, Sla},
     predict::{forecast, lcb, settings},
+    remedy::{Case, Remedy},
     replay::replay,
-    units::{Bandwidth, BytesPerSecond},
+    units::{Bandwidth, Bytes, BytesPerSecond},
 };
 
 fn question(mib: u64, budget: u64) -> Question {
@@ -41,6 +43,22 @@ fn model(c: &mut Criterion) {
         let curve = pattern.curve();
         c.bench_function(&format!("lcb/{name}"), |b| b.iter(|| lcb(pattern, &curve, black_box(&settings))));
         c.bench_function(&format!("forecast/{name}"), |b| b.iter(|| forecast(pattern, black_box(&question))));
+    }
+    // A guest that does not converge without a remedy.
+    let wild = sampled_guest(512, 65_536, 60.0);
+    let question = question(150, 20);
+    let least_convergent_bandwidth = lcb(&wild, &wild.curve(), &settings(&question));
+    let case = Case { pattern: &wild, question: &question, guest: Bytes(512 << 20), least_convergent_bandwidth };
+    let all = [
+        ("timeBudget", Remedy::TimeBudget { most_per_gigabyte: 300 }),
+        ("autoConverge", Remedy::AutoConverge),
+        ("bandwidth", Remedy::Bandwidth { most: BytesPerSecond(1 << 30) }),
+        ("downtime", Remedy::Downtime { most: Duration::from_secs(2) }),
+        ("postCopy", Remedy::PostCopy),
+    ];
+    c.bench_function("remedies/all", |b| b.iter(|| all.map(|(_, remedy)| case.answer(black_box(remedy)))));
+    for (name, remedy) in all {
+        c.bench_function(&format!("remedies/{name}"), |b| b.iter(|| case.answer(black_box(remedy))));
     }
 }
 

@@ -79,6 +79,8 @@ pub struct GuestSpec {
     pub phase_ms: u32,
     /// Seed of its random numbers.
     pub seed: u32,
+    /// It never halts, and does not make up for what it missed while its CPU was taken away.
+    pub computing: bool,
 }
 
 /// Where data begins: 32 MiB, out of the firmware's way.
@@ -116,16 +118,24 @@ impl GuestSpec {
     }
 
     const fn of(writes: Writes, pages: u32, writes_per_ms: u32) -> Self {
-        Self { writes, pages, writes_per_ms, hot_pages: 0, hot_share: 0, base: DATA_BASE, phase_ms: 1000, seed: 1 }
+        let (hot_pages, hot_share, phase_ms, seed) = (0, 0, 1000, 1);
+        Self { writes, pages, writes_per_ms, hot_pages, hot_share, base: DATA_BASE, phase_ms, seed, computing: false }
+    }
+
+    /// As fast as its CPU lets it be, as guests are that compute. Others, that answer requests, make up for a slow moment.
+    #[must_use]
+    pub const fn computing(self) -> Self {
+        Self { computing: true, ..self }
     }
 
     /// What it is told at boot.
     pub fn command_line(&self) -> String {
-        let Self { writes, pages, writes_per_ms, hot_pages, hot_share, base, phase_ms, seed } = self;
+        let Self { writes, pages, writes_per_ms, hot_pages, hot_share, base, phase_ms, seed, computing } = self;
         format!(
             "pattern={} pages={pages} writes={writes_per_ms} hot_pages={hot_pages} hot_share={hot_share} base={base} \
-             phase_ms={phase_ms} seed={seed}",
-            writes.name()
+             phase_ms={phase_ms} seed={seed} computing={}",
+            writes.name(),
+            u8::from(*computing)
         )
     }
 

@@ -113,6 +113,8 @@ impl Vm {
         let mut process = Qemu::start(QEMU, |command| {
             command
                 .args(["-machine", if kvm() { "pc,accel=kvm" } else { "pc,accel=tcg" }])
+                // Its threads have names, as under libvirt.
+                .args(["-name", "lab,debug-threads=on"])
                 .args(["-nodefaults", "-no-user-config", "-display", "none", "-m", &spec.memory_mib.to_string()])
                 // The leanest firmware: where KVM emulates, a full BIOS takes 5 s.
                 .args(["-bios", "qboot.rom", "-kernel"])

@@ -7,6 +7,7 @@ use k8s_openapi::{
     jiff::Timestamp,
 };
 
+use super::remedy;
 use crate::{
     api::{MigrationForecastSpec, MigrationForecastStatus, names::reason, scalar},
     model::{
@@ -101,9 +102,10 @@ pub fn worth_writing(old: &MigrationForecastStatus, new: &MigrationForecastStatu
         || moved(count(old.dirtied_pages), count(new.dirtied_pages))
         || moved(old.lcb().map(rate), new.lcb().map(rate))
         || moved(old.cost, new.cost)
+        || remedy::worth_writing(old.remedies.as_ref(), new.remedies.as_ref())
 }
 
-fn ms(duration: Option<scalar::Duration>) -> Option<f64> {
+pub(super) fn ms(duration: Option<scalar::Duration>) -> Option<f64> {
     duration.map(scalar::Duration::as_ms)
 }
 
@@ -115,7 +117,8 @@ fn rate(rate: BytesPerSecond) -> f64 {
     rate.0 as f64
 }
 
-fn moved(old: Option<f64>, new: Option<f64>) -> bool {
+/// By more than noise, or one of them is not there.
+pub(super) fn moved(old: Option<f64>, new: Option<f64>) -> bool {
     match (old, new) {
         (None, None) => false,
         (Some(old), Some(new)) => (old - new).abs() > WORTH * old.abs().max(new.abs()),

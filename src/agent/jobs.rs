@@ -20,24 +20,21 @@ use tracing::{debug, warn};
 use super::{
     Options,
     along::{self, Reading, Truth},
-    answer::Asked,
     checkpoint::{Checkpoint, CheckpointError, Epoch},
     locate::{Locate, LocateError},
     publish::{Part, PublishError, Written, publish},
-    vm::{Key, Life, Seen, Vm},
+    vm::{Key, Life, Seen},
     watch::Questions,
 };
 use crate::{
     api::{
         MigrationForecastStatus,
         dry_run::DryRunStatus,
-        fingerprint::QuestionRef,
         migration::{InFlight, LastMigration},
-        names::reason,
     },
     collector::{self, CollectError, LookOptions, Observation, Target},
     dryrun::{self, DryRunError},
-    model::{pattern::PatternError, predict::forecast},
+    model::pattern::PatternError,
     qemu::{monitor::Monitor, qmp::QmpError},
     runtime::{client::with_causes, shutdown::Shutdown},
 };
@@ -185,67 +182,6 @@ async fn gone<L>(shared: &Arc<Shared<L>>, key: &Key, life: &Life) {
     if questions.wait_for(|questions| !asks(questions)).await.is_err() {
         std::future::pending::<()>().await;
     }
-}
-
-/// What an answer is made from: the fresh pattern, else the failure, else the question's own words.
-pub(super) struct Known {
-    asked: Asked,
-    question: QuestionRef,
-    fresh: Option<Seen>,
-    /// A dry run of this very question that ended not long ago.
-    dry_run: Option<DryRunStatus>,
-    /// When it was looked at last, however long ago.
-    measured_at: Option<Timestamp>,
-    /// Why it could not be looked at: a reason and words.
-    trouble: Option<(&'static str, String)>,
-}
-
-impl Known {
-    pub(super) fn of(vm: &Vm, now: Instant) -> Self {
-        Self {
-            asked: vm.asked().clone(),
-            question: vm.question().clone(),
-            fresh: vm.fresh(now).cloned(),
-            dry_run: vm.dry_run().cloned(),
-            measured_at: vm.seen().map(|seen| seen.measured_at),
-            trouble: vm.trouble().map(|trouble| (trouble.reason, trouble.message.clone())),
-        }
-    }
-}
-
-/// Answers a question. A dry run that answers it says more than a replay of the pattern.
-pub(super) async fn answer(known: Known) -> Outcome {
-    let started = Instant::now();
-    let status = Box::new(status(known, Timestamp::now()).await);
-    Outcome::Answered { status, took: started.elapsed() }
-}
-
-async fn status(known: Known, now: Timestamp) -> MigrationForecastStatus {
-    let Known { asked, question: name, fresh, dry_run, measured_at, trouble } = known;
-    let question = match asked {
-        Asked::Model(question) => question,
-        Asked::Words(why, message) => return MigrationForecastStatus::unknown(why, message, &name, None),
-    };
-    let replayed = match fresh {
-        None => None,
-        Some(seen) => {
-            let (pattern, question) = (seen.pattern, question.clone());
-            match spawn_blocking(move || forecast(&pattern, &question)).await {
-                Ok(forecast) => Some((forecast, seen.measured_at)),
-                Err(error) => {
-                    let message = format!("the forecast failed: {error}; this is a defect of migvisor, please report it");
-                    return MigrationForecastStatus::unknown(reason::NOT_MEASURED, message, &name, None);
-                }
-            }
-        }
-    };
-    let pattern = replayed.as_ref().map(|(forecast, _)| forecast);
-    let rehearsed = dry_run.and_then(|run| run.rehearsed(&name.fingerprint, &question, pattern, now));
-    if let Some((forecast, at)) = rehearsed.or(replayed) {
-        return MigrationForecastStatus::from_forecast(&forecast, &question, &name, at);
-    }
-    let (why, message) = trouble.unwrap_or_else(|| (reason::NOT_MEASURED, "not looked at yet".to_owned()));
-    MigrationForecastStatus::unknown(why, message, &name, measured_at)
 }
 
 /// Writes an answer.

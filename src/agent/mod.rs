@@ -19,9 +19,11 @@ pub mod budget;
 pub mod checkpoint;
 mod dry_run;
 mod jobs;
+mod known;
 pub mod locate;
 pub mod metrics;
 pub mod publish;
+pub mod remedy;
 pub mod schedule;
 pub mod vm;
 pub mod watch;
@@ -44,7 +46,8 @@ use self::{
     budget::Budget,
     checkpoint::Checkpoint,
     dry_run::Task,
-    jobs::{Known, LookError, Outcome, Shared, cpu_used},
+    jobs::{LookError, Outcome, Shared, cpu_used},
+    known::Known,
     locate::Locate,
     metrics::AgentMetrics,
     publish::Written,
@@ -253,7 +256,7 @@ impl<L: Locate> Agent<L> {
             }
             Job::Answer => {
                 let known = Known::of(vm, now);
-                self.running.begin(key, life, job, jobs::answer(known));
+                self.running.begin(key, life, job, known::answer(known));
             }
             Job::Write => match vm.to_write().cloned() {
                 Some(status) => self.running.begin(key, life, job, async move { jobs::write(&shared, &k, &l, status).await }),

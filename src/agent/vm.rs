@@ -13,6 +13,7 @@ use k8s_openapi::jiff::Timestamp;
 use super::{
     answer::{self, Asked},
     checkpoint::{EPOCHS, Epoch},
+    remedy,
     schedule::{Case, Job, Moving},
 };
 use crate::{
@@ -79,6 +80,7 @@ pub struct Vm {
     life: Life,
     question: QuestionRef,
     asked: Asked,
+    remedies: Option<remedy::Asked>,
     paused: bool,
     wanted_since: Option<Instant>,
     seen: Option<Seen>,
@@ -108,6 +110,7 @@ impl Vm {
             life: life(object),
             question: object.question(),
             asked: answer::read(&object.spec, host),
+            remedies: remedy::Asked::of(&object.spec),
             paused: object.spec.paused,
             wanted_since: Some(now),
             seen: None,
@@ -129,7 +132,7 @@ impl Vm {
             let age = status.measured_at.as_ref().and_then(|at| Duration::try_from(wall.duration_since(at.0)).ok());
             vm.published = now.checked_sub(age.unwrap_or(REWRITE)).map(|at| (status.clone(), at));
             let known = status.verdict.is_some_and(|verdict| verdict != Verdict::Unknown);
-            let answers = status.question.as_deref() == Some(vm.question.fingerprint.as_str());
+            let answers = vm.is_answered_by(status);
             if let Some(age) = age.filter(|age| known && answers && *age < FRESH) {
                 vm.wanted_since = None;
                 vm.refresh_due = now + refresh.saturating_sub(age);
@@ -152,6 +155,11 @@ impl Vm {
         let question = object.question();
         let other = question.fingerprint != self.question.fingerprint;
         self.question = question;
+        let remedies = remedy::Asked::of(&object.spec);
+        if remedies != self.remedies {
+            self.remedies = remedies;
+            self.wanted_since = self.wanted_since.or(Some(now));
+        }
         if other {
             self.asked = answer::read(&object.spec, host);
             self.wanted_since = Some(now);
@@ -308,6 +316,11 @@ impl Vm {
         &self.asked
     }
 
+    /// What is asked about remedies.
+    pub fn remedies(&self) -> Option<&remedy::Asked> {
+        self.remedies.as_ref()
+    }
+
     /// The last look, if it is fresh.
     pub fn fresh(&self, now: Instant) -> Option<&Seen> {
         self.seen.as_ref().filter(|seen| now.saturating_duration_since(seen.at) < FRESH)
@@ -359,19 +372,25 @@ impl Vm {
     /// An answer is there: it will be written now, soon or (if it says little new) at the next
     /// rewrite. An answer to an earlier question is dropped.
     pub fn answered(&mut self, status: MigrationForecastStatus, now: Instant) {
-        if status.question.as_deref() != Some(self.question.fingerprint.as_str()) {
+        if !self.is_answered_by(&status) {
             return;
         }
         self.wanted_since = None;
         let due = match &self.published {
             None => now,
-            Some((old, _)) if old.question != status.question => now,
+            Some((old, _)) if old.question != status.question || remedy::asked_anew(old, &status) => now,
             Some((old, at)) if answer::worth_writing(old, &status) => (*at + WRITE_GAP).max(now),
             // Words do not age: there is no new look to tell of.
             Some((old, _)) if status.measured_at == old.measured_at => return self.ready = None,
             Some((_, at)) => *at + REWRITE,
         };
         self.ready = Some((status, due));
+    }
+
+    /// Does this answer what is asked, and all of it?
+    fn is_answered_by(&self, status: &MigrationForecastStatus) -> bool {
+        let remedies = self.remedies.as_ref().is_none_or(|asked| asked.is_answered(status.remedies.as_ref()));
+        status.question.as_deref() == Some(self.question.fingerprint.as_str()) && remedies
     }
 
     /// What is to be written.

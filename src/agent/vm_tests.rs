@@ -155,6 +155,54 @@ fn a_dry_run_asked_for_is_no_new_question() {
 }
 
 #[test]
+fn remedies_asked_about_are_answered_and_the_question_stands() {
+    let mut life = Life::new(&object(1, "pod"));
+    life.look();
+    life.answer(1000.0);
+    life.write();
+    let ask = |life: &mut Life, generation, remedies: serde_json::Value| {
+        let mut asked = object(1, "pod");
+        asked.metadata.generation = Some(generation);
+        asked.spec.remedies = serde_json::from_value(remedies).unwrap();
+        life.ask(&asked);
+    };
+    let answers = |life: &Life| {
+        let answers = life.vm.remedies().map(|asked| asked.unknown(""));
+        MigrationForecastStatus { remedies: answers, ..life.vm.published().unwrap().clone() }
+    };
+    ask(&mut life, 2, json!([{ "type": "PostCopy" }]));
+    assert!(life.case().wanted_since.is_some(), "answered anew");
+    let old = answers(&life);
+    ask(&mut life, 3, json!([{ "type": "AutoConverge" }]));
+    life.vm.answered(old.clone(), life.now);
+    assert!(life.vm.to_write().is_none() && life.case().wanted_since.is_some(), "asked otherwise meanwhile");
+    let new = answers(&life);
+    life.vm.answered(new, life.now);
+    assert_eq!((life.case().wanted_since, life.case().write_due), (None, Some(life.now)), "who asks does not wait");
+    life.write();
+    ask(&mut life, 4, json!([{ "type": "AutoConverge" }]));
+    assert_eq!(life.case().wanted_since, None, "asked the same, nothing to do");
+    ask(&mut life, 5, json!([]));
+    let none = answers(&life);
+    life.vm.answered(none, life.now);
+    assert!(life.vm.to_write().is_some_and(|status| status.remedies.is_none()), "withdrawn: taken away");
+
+    // After a restart the same.
+    let mut object = object(1, "pod");
+    object.spec.remedies = serde_json::from_value(json!([{ "type": "PostCopy" }])).unwrap();
+    let measured_at = Timestamp::from_second(1_700_000_000 - 400).unwrap();
+    let status = MigrationForecastStatus {
+        verdict: Some(Verdict::Fails),
+        measured_at: Some(k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(measured_at)),
+        ..old
+    };
+    object.status = Some(status.clone());
+    assert_eq!(Life::new(&object).case().wanted_since, None, "answered before");
+    object.status = Some(MigrationForecastStatus { remedies: None, ..status });
+    assert!(Life::new(&object).case().wanted_since.is_some(), "not answered yet");
+}
+
+#[test]
 fn another_pod_is_another_vm() {
     let mut life = Life::new(&object(1, "pod"));
     life.look();

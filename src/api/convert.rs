@@ -296,7 +296,7 @@ fn plain(ms: f64) -> String {
     round(ms, 1).to_string()
 }
 
-fn round(value: f64, digits: i32) -> f64 {
+pub(super) fn round(value: f64, digits: i32) -> f64 {
     let scale = 10_f64.powi(digits);
     (value * scale).round() / scale
 }

@@ -1,7 +1,7 @@
 //! Which question an answer answers: a fingerprint of the question, the same in every process and version.
 //!
 //! In: a forecast's spec. Out: 16 hexadecimal digits. An answer names the question it answers by them, so that it stands while
-//! something else of the spec changes (`dryRun`), and falls at once with any change of the question, written or not yet written.
+//! something else of the spec changes (`dryRun`, `remedies`), and falls at once with any change of the question, written or not yet written.
 
 use std::hash::Hasher;
 
@@ -12,7 +12,7 @@ use super::forecast::{MigrationForecast, MigrationForecastSpec, MigrationForecas
 /// A question, as an answer names it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct QuestionRef {
-    /// Of the spec but for `dryRun`: see [`MigrationForecastSpec::fingerprint`].
+    /// Of the spec but for what is asked beside the question: see [`MigrationForecastSpec::fingerprint`].
     pub fingerprint: String,
     /// The generation of the object, for people and tools.
     pub generation: i64,
@@ -22,7 +22,7 @@ impl MigrationForecastSpec {
     /// The question alone: without what is asked beside it.
     #[must_use]
     pub fn question_only(&self) -> Self {
-        Self { dry_run: None, ..self.clone() }
+        Self { dry_run: None, remedies: Vec::new(), ..self.clone() }
     }
 
     /// 16 hexadecimal digits that are the same for the same question, and other ones, but for one case in 2⁶⁴, for another.
@@ -113,9 +113,14 @@ mod tests {
     fn every_field_of_the_question_counts() {
         let (mut paths, base) = (Vec::new(), whole());
         leaves(&base, "", &mut paths);
-        // If a field is added to the spec, it belongs into `whole` (or, like the dry run, is none of the question).
+        // If a field is added to the spec, it belongs into `whole` (or, like the dry run and remedies, is none of the question).
         let schema = serde_json::to_value(schemars::schema_for!(MigrationForecastSpec)).unwrap();
-        let fields: Vec<_> = schema["properties"].as_object().unwrap().keys().filter(|field| *field != "dryRun").collect();
+        let fields: Vec<_> = schema["properties"]
+            .as_object()
+            .unwrap()
+            .keys()
+            .filter(|field| !["dryRun", "remedies"].contains(&field.as_str()))
+            .collect();
         assert!(fields.iter().all(|field| base.get(field.as_str()).is_some()), "{fields:?}");
 
         let mut seen = std::collections::BTreeSet::from([read(base.clone()).fingerprint()]);
@@ -167,7 +172,10 @@ mod tests {
 
             let mut asked = plain.clone();
             asked["dryRun"] = json!({ "id": id, "deadline": format!("{seconds}s"), "channels": channels });
-            prop_assert_eq!(&read(asked).fingerprint(), &fingerprint);
+            prop_assert_eq!(&read(asked.clone()).remedies_fingerprint(), &fingerprint);
+            asked["remedies"] = json!([{ "type": "TimeBudget", "maxCompletionTimeoutPerGiB": seconds }, { "type": "PostCopy" }]);
+            prop_assert_eq!(&read(asked.clone()).fingerprint(), &fingerprint);
+            prop_assert!(read(asked).remedies_fingerprint() != fingerprint);
             prop_assert!(fingerprint.len() == 16 && fingerprint.bytes().all(|byte| byte.is_ascii_hexdigit()));
         }
 

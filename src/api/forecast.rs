@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     dry_run::{DryRun, DryRunStatus},
     migration::{InFlight, LastMigration},
+    remedy::{self, Remedy, RemedyAnswers},
     scalar::{Duration, Quantity},
     schema,
 };
@@ -102,6 +103,10 @@ pub struct MigrationForecastSpec {
     /// A dry run of the migration is wanted. No part of the question: the answer stands while one is asked for, runs, or is withdrawn.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dry_run: Option<DryRun>,
+    /// Remedies that are asked about: would they help, and how much of each is needed? No part of the question either.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(schema_with = "remedy::list")]
+    pub remedies: Vec<Remedy>,
 }
 
 /// Where a bandwidth was taken from: `MigrationConfiguration` (the KubeVirt object), `MigrationPolicy` (KubeVirt's), `PredictionPolicy` (ours),
@@ -196,7 +201,7 @@ pub struct HostConstants {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct MigrationForecastStatus {
-    /// Fingerprint of the question that this answers: of the spec but for `dryRun`. The answer counts while the question as it should be
+    /// Fingerprint of the question that this answers: of the spec but for `dryRun` and `remedies`. The answer counts while the question as it should be
     /// now has the same.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 64))]
@@ -272,6 +277,9 @@ pub struct MigrationForecastStatus {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 32))]
     pub curve: Vec<CurvePoint>,
+    /// What the remedies would do that are asked about.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub remedies: Option<RemedyAnswers>,
     /// Conditions: `LowConfidence` (the agent's), `Ready`, `DataStale` (the manager's).
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(schema_with = "schema::conditions")]

@@ -10,6 +10,7 @@
 //! | [`migration`] | real migrations: the hint that one is under way, what the agent reads of it, the truth at its end |
 //! | [`migration_override`] | MigrationOverride: lets the migrations of a VM through for a while |
 //! | [`policy`] | PredictionPolicy, and which one applies to a VM |
+//! | [`remedy`] | what may be done about a migration that would not converge: allowed, asked, answered |
 //! | [`convert`] | between these objects, the model and the annotations |
 //! | [`kubevirt`] | KubeVirt's objects, as far as we read them |
 //! | [`names`] | annotation keys, labels, reasons, field managers |
@@ -25,6 +26,7 @@ pub mod migration;
 pub mod migration_override;
 pub mod names;
 pub mod policy;
+pub mod remedy;
 pub mod scalar;
 mod schema;
 

@@ -48,6 +48,11 @@ pub(super) fn optional_channels(_: &mut SchemaGenerator) -> Schema {
     json_schema!({ "type": "integer", "format": "int64", "minimum": 1, "maximum": 255, "nullable": true })
 }
 
+/// KubeVirt's `completionTimeoutPerGiB`, up to a day, may be absent.
+pub(super) fn optional_per_gigabyte(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({ "type": "integer", "format": "int64", "minimum": 1, "maximum": 86_400, "nullable": true })
+}
+
 /// How many at once.
 pub(super) fn parallel(_: &mut SchemaGenerator) -> Schema {
     json_schema!({ "type": "integer", "format": "int64", "minimum": 1, "maximum": 16 })

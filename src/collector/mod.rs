@@ -13,6 +13,7 @@ use crate::{
         units::{Bytes, PAGE},
     },
     qemu::{
+        cpus::CpuTimes,
         monitor::{Address, Monitor},
         qmp::QmpError,
         vm::{VmError, ensure_measurable},
@@ -90,6 +91,9 @@ pub struct Observation {
     pub ram: Bytes,
     /// The guest was paused all the while: it writes nothing, and would not during a migration.
     pub paused: bool,
+    /// How busy each of its CPUs was, 0..=1; empty: nobody may tell.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub cpus: Vec<f64>,
     /// By one means or another.
     pub seen: Seen,
 }
@@ -107,10 +111,11 @@ pub enum Seen {
 impl Observation {
     /// Describes what was seen as a pattern.
     pub fn pattern(&self) -> Result<Pattern, PatternError> {
-        match &self.seen {
+        let pattern = match &self.seen {
             Seen::Trace(trace) => fit::describe(trace),
             Seen::Windows(windows) => windows::describe(windows),
-        }
+        }?;
+        Ok(pattern.with_cpus(self.cpus.clone()))
     }
 
     /// Checks an observation that comes from a file.
@@ -171,11 +176,13 @@ pub async fn observe(
     let before = ensure_measurable(&mut monitor).await?;
     let pid = target.pid.or_else(|| monitor.peer_pid());
     let mut source = Chosen::new(&mut monitor, options.source, pid).await?;
+    let cpus = pid.map(CpuTimes::read);
     let seen = source.look(&mut monitor, options, &progress).await?;
+    let cpus = pid.zip(cpus).map(|(pid, before)| CpuTimes::read(pid).busy_since(&before)).unwrap_or_default();
     let after = ensure_measurable(&mut monitor).await?;
     let total_pages = match &seen {
         Seen::Trace(trace) => trace.total_pages,
         Seen::Windows(windows) => windows.total_pages,
     };
-    Ok(Observation { ram: Bytes(total_pages * PAGE), paused: before.is_paused() && after.is_paused(), seen })
+    Ok(Observation { ram: Bytes(total_pages * PAGE), paused: before.is_paused() && after.is_paused(), cpus, seen })
 }

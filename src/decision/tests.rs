@@ -42,6 +42,7 @@ fn spec() -> MigrationForecastSpec {
         paused: false,
         outside_model: None,
         dry_run: None,
+        remedies: Vec::new(),
     }
 }
 

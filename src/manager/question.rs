@@ -139,6 +139,7 @@ pub fn desired(vmi: &VirtualMachineInstance, effective: &Effective, policy: Opti
         paused: vmi.is("Paused"),
         outside_model: outside_model.map(str::to_owned),
         dry_run: None,
+        remedies: Vec::new(),
     }))
 }
 

@@ -7,11 +7,16 @@ use super::units::Bytes;
 /// KubeVirt's `completionTimeoutPerGiB` where nothing else is configured.
 pub const DEFAULT_COMPLETION_TIMEOUT_PER_GIB: u64 = 150;
 
+/// A guest's memory in the gigabytes that KubeVirt's budget counts: decimal ones, rounded up.
+pub fn gigabytes(guest: Bytes) -> u64 {
+    guest.0.div_ceil(1_000_000_000)
+}
+
 /// How long KubeVirt lets a migration run: `completionTimeoutPerGiB × ceil(bytes / 10⁹)` seconds.
 /// Decimal gigabytes, rounded up, whatever the name of the field says (KubeVirt 1.9, `manager.go`,
 /// `resource.ScaledValue(resource.Giga)`). `None`: 0 switches the budget off.
 pub fn time_budget(completion_timeout_per_gib: u64, guest: Bytes) -> Option<Duration> {
-    let seconds = completion_timeout_per_gib.saturating_mul(guest.0.div_ceil(1_000_000_000));
+    let seconds = completion_timeout_per_gib.saturating_mul(gigabytes(guest));
     (seconds > 0).then(|| Duration::from_secs(seconds))
 }
 

@@ -9,5 +9,7 @@ pub mod kubevirt;
 pub mod lcb;
 pub mod pattern;
 pub mod predict;
+pub mod remedy;
 pub mod replay;
+mod steer;
 pub mod units;

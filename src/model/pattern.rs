@@ -96,6 +96,8 @@ pub struct Pattern {
     samples: Vec<Sample>,
     traces: Traces,
     observed_ms: f64,
+    /// How busy each of the guest's CPUs was, 0..=1; empty where that is not known.
+    cpus: Vec<f64>,
     /// Random writers of one rate, drawn together.
     classes: Vec<Class>,
     /// Samples whose writes come back: periodic and recorded ones.
@@ -155,7 +157,7 @@ impl Pattern {
         let classes = classes(&samples);
         let comes_back = |sample: &Sample| matches!(sample.writer, Writer::Periodic { .. } | Writer::Traced { .. });
         let returning = (0..samples.len()).filter(|&index| samples.get(index).is_some_and(comes_back)).collect();
-        Ok(Self { samples, traces, observed_ms, classes, returning })
+        Ok(Self { samples, traces, observed_ms, cpus: Vec::new(), classes, returning })
     }
 
     /// The samples, ascending by page.
@@ -166,6 +168,17 @@ impl Pattern {
     /// The recordings that traced samples refer to.
     pub fn traces(&self) -> &Traces {
         &self.traces
+    }
+
+    /// With how busy each of the guest's CPUs was, 0..=1; what is no share is left out.
+    #[must_use]
+    pub fn with_cpus(self, cpus: Vec<f64>) -> Self {
+        Self { cpus: cpus.into_iter().filter(|busy| (0.0..=1.0).contains(busy)).collect(), ..self }
+    }
+
+    /// How busy each of the guest's CPUs was, 0..=1; empty where that is not known.
+    pub fn cpus(&self) -> &[f64] {
+        &self.cpus
     }
 
     /// How long the guest was looked at, ms.
@@ -203,7 +216,8 @@ impl Pattern {
 
     /// What has to be kept to make it anew.
     pub fn record(&self) -> Recorded {
-        Recorded { samples: self.samples.clone(), traces: self.traces.clone(), observed_ms: self.observed_ms }
+        let Self { samples, traces, observed_ms, cpus, .. } = self.clone();
+        Recorded { samples, traces, observed_ms, cpus }
     }
 
     /// One possible course of events. `phase_ms` shifts periodic and recorded writes; `seed` draws the random ones.
@@ -219,12 +233,14 @@ pub struct Recorded {
     samples: Vec<Sample>,
     traces: Traces,
     observed_ms: f64,
+    #[serde(default)]
+    cpus: Vec<f64>,
 }
 
 impl Recorded {
     /// The pattern, if what was kept still makes one.
     pub fn restore(self) -> Result<Pattern, PatternError> {
-        Pattern::new(self.samples, self.traces, self.observed_ms)
+        Ok(Pattern::new(self.samples, self.traces, self.observed_ms)?.with_cpus(self.cpus))
     }
 }
 

@@ -7,7 +7,7 @@ use super::{
     curve::{Curve, whole},
     forecast::{Bounds, CostWeights, Forecast, Method, ProfilePoint, Question, Verdict},
     lcb::least_convergent_bandwidth,
-    pattern::Pattern,
+    pattern::{Pattern, Realisation},
     replay::{Outcome, Settings, replay},
     units::{Bandwidth, BytesPerSecond, PAGE},
 };
@@ -30,11 +30,11 @@ const CONVERGES_FROM: f64 = 0.9;
 /// ... and up to this one to fail.
 const FAILS_UP_TO: f64 = 0.1;
 /// What a host adds that no pattern shows: this share of a time, either way, ...
-const HOST_SHARE: f64 = 0.03;
+pub(super) const HOST_SHARE: f64 = 0.03;
 /// ... so many ms either way, for what is not in windows, ...
 const HOST_MS: f64 = 20.0;
 /// ... and a window of the rate limiter, where the sender came too late to use the last one up.
-const LOST_WINDOW_MS: f64 = 100.0;
+pub(super) const LOST_WINDOW_MS: f64 = 100.0;
 /// Where KubeVirt's budget is switched off: a migration that runs for a day has failed anybody.
 pub const NO_BUDGET: Duration = Duration::from_secs(86_400);
 
@@ -199,7 +199,8 @@ pub fn verdict(probability: f64, sla_exceeded: bool) -> Verdict {
     }
 }
 
-fn exceeds(question: &Question, total_ms: f64, downtime_ms: Option<f64>) -> bool {
+/// Does it break the SLA?
+pub(super) fn exceeds(question: &Question, total_ms: f64, downtime_ms: Option<f64>) -> bool {
     let over = |limit: Option<Duration>, value: f64| limit.is_some_and(|limit| value > milliseconds(limit));
     over(question.sla.total_time, total_ms) || downtime_ms.is_some_and(|downtime| over(question.sla.downtime, downtime))
 }
@@ -236,10 +237,14 @@ fn replays(pattern: &Pattern, settings: &Settings, count: u32) -> Vec<Outcome> {
     (0..count).map(|run| one(pattern, settings, run)).collect()
 }
 
-/// Phases follow the golden ratio: any number of runs covers the cycle evenly.
 fn one(pattern: &Pattern, settings: &Settings, run: u32) -> Outcome {
+    replay(pattern, course(pattern, run), settings)
+}
+
+/// The course of events of one run of many. Phases follow the golden ratio: any number of runs covers the cycle evenly.
+pub(super) fn course(pattern: &Pattern, run: u32) -> Realisation<'_> {
     let phase = (f64::from(run) * 0.618_033_988_749_895).fract() * pattern.cycle_ms();
-    replay(pattern, pattern.realise(phase, u64::from(run)), settings)
+    pattern.realise(phase, u64::from(run))
 }
 
 /// The replays without their tails, and what the host adds.
@@ -249,7 +254,7 @@ fn widened(sorted: &[f64], tail: f64, late_ms: f64) -> (f64, f64) {
 }
 
 /// The value at a share of a sorted list, by linear interpolation; 0 for an empty one.
-fn quantile(sorted: &[f64], share: f64) -> f64 {
+pub(super) fn quantile(sorted: &[f64], share: f64) -> f64 {
     let at = share * sorted.len().saturating_sub(1) as f64;
     let low = usize::try_from(whole(at.floor())).unwrap_or(usize::MAX);
     match (sorted.get(low), sorted.get(low.saturating_add(1))) {
@@ -259,6 +264,6 @@ fn quantile(sorted: &[f64], share: f64) -> f64 {
     }
 }
 
-fn milliseconds(duration: Duration) -> f64 {
+pub(super) fn milliseconds(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1000.0
 }

@@ -14,6 +14,7 @@ use super::{
     curve::whole,
     forecast::HostConstants,
     pattern::{Pattern, Realisation, Writer},
+    steer::{Steering, Sync, Unsteered},
     units::Bandwidth,
 };
 
@@ -197,8 +198,13 @@ struct Sender {
 }
 
 impl Sender {
+    /// Bytes on the wire so far.
+    fn wire_bytes(&self) -> f64 {
+        self.pages * WIRE_PAGE + self.zero_pages * WIRE_ZERO
+    }
+
     /// Sends until the quota is used up, nothing is left, or 50 ms have passed.
-    fn send(&mut self, ram: &mut Ram<'_>) {
+    fn send(&mut self, ram: &mut Ram<'_>, steering: &impl Steering) {
         let began = self.now;
         let mut until_look = CLOCK_EVERY;
         let mut idle = 0;
@@ -222,7 +228,7 @@ impl Sender {
             }
             idle = 0;
             if let Some(chunk) = ram.chunks.get_mut(chunk as usize).filter(|chunk| chunk.stale) {
-                *chunk = Chunk { protected_at: self.now, stale: false };
+                *chunk = Chunk { protected_at: steering.guest(self.now), stale: false };
             }
             let (wire, each_ms) = if zero { (WIRE_ZERO, self.zero_page_ms) } else { (WIRE_PAGE, self.page_ms) };
             // The whole sample, unless the quota or the 50 ms end within it.
@@ -294,6 +300,11 @@ impl Steadiness {
 
 /// Replays one migration of one course of events.
 pub fn replay(pattern: &Pattern, writes: Realisation<'_>, settings: &Settings) -> Outcome {
+    steered(pattern, writes, settings, &mut Unsteered)
+}
+
+/// The same, while something is done about it. Writes fall by the guest's own clock, which may run slower than the migration's.
+pub(super) fn steered(pattern: &Pattern, writes: Realisation<'_>, settings: &Settings, steering: &mut impl Steering) -> Outcome {
     let host = &settings.host;
     let page_ms = WIRE_PAGE / host.line_rate.per_ms();
     let mut sender = Sender {
@@ -305,20 +316,23 @@ pub fn replay(pattern: &Pattern, writes: Realisation<'_>, settings: &Settings) -
         page_ms,
         zero_page_ms: 1.0 / host.zero_pages_per_ms,
     };
-    let mut ram = Ram::new(pattern, writes, sender.now);
+    let mut ram = Ram::new(pattern, writes, steering.guest(sender.now));
     let mut window = sender.now;
-    let mut threshold = 0.0;
+    let (mut rate, mut threshold) = (0.0, 0.0);
     let mut steadiness = Steadiness::default();
-    let steady_after = 2.0 * pattern.cycle_ms() + host.setup_ms;
+    let mut steady_after = 2.0 * pattern.cycle_ms() + host.setup_ms;
     let mut turns = 0_u32;
-    while sender.now < settings.deadline_ms && turns < MOST_TURNS && ram.syncs < MOST_SYNCS {
+    while sender.now < steering.deadline_ms(settings) && turns < MOST_TURNS && ram.syncs < MOST_SYNCS {
         turns += 1;
+        if steering.wants_sync(sender.now, ram.syncs) {
+            sync(&mut ram, &sender, rate, steering);
+        }
         if sender.sent < sender.quota {
             if ram.pending * 4096.0 < threshold {
-                ram.sync(sender.now);
+                let changed = sync(&mut ram, &sender, rate, steering);
                 sender.now += host.sync_ms;
                 if ram.pending * 4096.0 < threshold || ram.pending < 0.5 {
-                    ram.sync(sender.now + STOP_MS);
+                    ram.sync(steering.guest(sender.now + STOP_MS));
                     let downtime_ms = ram.pending * page_ms + host.completion_ms;
                     return Outcome {
                         converged: true,
@@ -330,29 +344,48 @@ pub fn replay(pattern: &Pattern, writes: Realisation<'_>, settings: &Settings) -
                     };
                 }
                 steadiness.note(ram.pending * 4096.0 / threshold);
-                if sender.now > steady_after && steadiness.hopeless() {
+                if changed {
+                    // What was seen until now says nothing of what comes.
+                    (steadiness, steady_after) = (Steadiness::default(), steering.guest(sender.now) + 2.0 * pattern.cycle_ms());
+                }
+                if steering.guest(sender.now) > steady_after && steering.settled() && steadiness.hopeless() {
                     break;
                 }
             }
-            sender.send(&mut ram);
+            sender.send(&mut ram, steering);
         }
         if sender.now < window + WINDOW_MS && sender.sent >= sender.quota {
             sender.now = window + WINDOW_MS;
         }
         if sender.now >= window + WINDOW_MS {
-            threshold = sender.sent / (sender.now - window) * settings.downtime_limit_ms;
+            rate = sender.sent / (sender.now - window);
+            threshold = rate * steering.limit_ms(settings);
             window = sender.now;
             sender.sent = 0.0;
         }
     }
     // Where it was given up early, it would have gone on as before.
-    let stretch = (settings.deadline_ms / sender.now).max(1.0);
+    let deadline_ms = steering.deadline_ms(settings);
+    let stretch = (deadline_ms / sender.now).max(1.0);
     Outcome {
         converged: false,
-        total_ms: settings.deadline_ms,
+        total_ms: deadline_ms,
         downtime_ms: 0.0,
         syncs: whole(ram.syncs as f64 * stretch),
         pages: sender.pages * stretch,
         zero_pages: sender.zero_pages,
     }
+}
+
+/// Collects the dirty log while the guest runs, and tells of it. True: something about the migration has changed.
+fn sync(ram: &mut Ram<'_>, sender: &Sender, rate: f64, steering: &mut impl Steering) -> bool {
+    let before = ram.pending;
+    ram.sync(steering.guest(sender.now));
+    steering.synced(&Sync {
+        now: sender.now,
+        dirtied: ram.pending - before,
+        pending: ram.pending,
+        wire_bytes: sender.wire_bytes(),
+        rate,
+    })
 }

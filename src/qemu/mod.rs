@@ -8,11 +8,13 @@
 //! | [`process`] | which process is a pod's QEMU, by its cgroup |
 //! | [`vm`] | in which state the VM is, and whether it may be measured |
 //! | [`ram`] | where in the QEMU process the guest's memory lies |
+//! | [`cpus`] | how busy its CPUs are, as the kernel counts it |
 //! | [`dirty_rate`] | how much the guest writes within a window, as QEMU itself measures it |
 //! | [`migration`] | starting, limiting and reading a migration |
 //!
 //! QEMU's answers are hostile input: the process next to the guest may have been taken over by it.
 
+pub mod cpus;
 pub mod dirty_rate;
 mod event;
 pub mod libvirt;

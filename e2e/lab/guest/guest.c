@@ -1,7 +1,7 @@
 /* A guest without an operating system that writes memory at a known pace: the known answer that everything is held to.
  *
  * In: the multiboot command line, `pattern=idle|uniform|sequential|hot|phased pages= writes= hot_pages= hot_share= base=
- * phase_ms= seed=`. Out: "ready" on the debug console (port 0xe9) once every data page is non-zero; then `writes` page
+ * phase_ms= seed= computing=0|1`. Out: "ready" on the debug console (port 0xe9) once every data page is non-zero; then `writes` page
  * writes per millisecond of the time-stamp counter. Between its milliseconds it halts, so that it does not burn a core.
  *
  *   uniform     each write to a random page of the `pages`
@@ -9,6 +9,8 @@
  *   hot         with a probability of `hot_share` percent to one of the first `hot_pages`, else as uniform
  *   phased      as uniform for phase_ms, then nothing for phase_ms, and so on
  *   idle        no writes
+ *
+ * A computing guest never halts, and what it did not do while its CPU was taken away it does not do later: its pace is that of its CPU.
  *
  * The page before the data tells how it fared: struct pulse, read, and set back to 0, from outside. Only a new longest pause is written.
  */
@@ -146,7 +148,7 @@ void main(const char *line)
     enum pattern pattern = pattern_of(line);
     uint32_t pages = number(line, "pages", 0), writes = number(line, "writes", 0), base = number(line, "base", 8192);
     uint32_t hot_pages = number(line, "hot_pages", 0), hot_share = number(line, "hot_share", 0);
-    uint32_t phase_ms = number(line, "phase_ms", 1000);
+    uint32_t phase_ms = number(line, "phase_ms", 1000), computing = number(line, "computing", 0);
     uint8_t *data = (uint8_t *)(base * PAGE);
     uint32_t next = 0, in_phase = 0, writing = 1, owed = 0;
 
@@ -165,10 +167,13 @@ void main(const char *line)
 
     struct pulse *pulse = (struct pulse *)(data - PAGE);
     pulse->per_ms = per_ms;
-    uint64_t due = rdtsc(), worked = due;
+    uint64_t due = rdtsc(), worked = due, seen = due;
     for (;;) {
         uint64_t now = rdtsc();
         uint64_t most = (uint64_t)per_ms * BACKLOG_MS;
+        /* It never halts, so where it does not see the clock for a millisecond, its CPU was taken away. */
+        if (computing && now - seen > per_ms) due += now - seen;
+        seen = now;
         /* A clock that went backwards (another host) starts anew, too. */
         if (now + most < due || now > due + most) due = now;
         while ((int64_t)(now - due) >= (int64_t)per_ms) {
@@ -195,6 +200,6 @@ void main(const char *line)
             if (done - worked > pulse->longest) pulse->longest = done - worked;
             worked = done;
         }
-        __asm__ volatile("sti; hlt; cli");
+        if (!computing) __asm__ volatile("sti; hlt; cli");
     }
 }
