@@ -8,6 +8,7 @@
 //! | [`fingerprint`] | which question an answer answers |
 //! | [`dry_run`] | a forecast's dry run: asked for, in progress, answered; and its way to and from the model |
 //! | [`migration`] | real migrations: the hint that one is under way, what the agent reads of it, the truth at its end |
+//! | [`plan`] | MigrationPlan: what is wanted of many VMs, and the plan |
 //! | [`policy`] | PredictionPolicy, and which one applies to a VM |
 //! | [`convert`] | between these objects, the model and the annotations |
 //! | [`kubevirt`] | KubeVirt's objects, as far as we read them |
@@ -22,6 +23,7 @@ pub mod forecast;
 pub mod kubevirt;
 pub mod migration;
 pub mod names;
+pub mod plan;
 pub mod policy;
 pub mod scalar;
 mod schema;
@@ -30,6 +32,7 @@ pub use fingerprint::QuestionRef;
 pub use forecast::{MigrationForecast, MigrationForecastSpec, MigrationForecastStatus};
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::CustomResourceExt;
+pub use plan::{MigrationPlan, MigrationPlanSpec, MigrationPlanStatus};
 pub use policy::{PredictionPolicy, PredictionPolicySpec};
 
 /// The API group of our objects.
@@ -37,5 +40,5 @@ pub const GROUP: &str = "migvisor.io";
 
 /// Every custom resource of ours, as it is installed in a cluster.
 pub fn crds() -> Vec<CustomResourceDefinition> {
-    vec![MigrationForecast::crd(), PredictionPolicy::crd()]
+    vec![MigrationForecast::crd(), PredictionPolicy::crd(), MigrationPlan::crd()]
 }

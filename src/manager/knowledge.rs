@@ -21,7 +21,7 @@ use crate::{
         kubevirt::{KubeVirt, MigrationPolicy, VirtualMachineInstance, VirtualMachineInstanceMigration},
         policy::{self, Mode},
     },
-    decision::{self, Decision, Input, Origin},
+    decision::{self, Assessment, Decision, Input, Origin},
 };
 
 /// The readers' side.
@@ -140,9 +140,12 @@ impl Knowledge {
     /// KubeVirt's configuration as it would reach a migration of this VM.
     pub fn effective(&self, vmi: &VirtualMachineInstance) -> Effective {
         let migration_policy = policy::select(self.migration_policies.state(), &self.namespace_labels(vmi), vmi.labels());
-        // KubeVirt allows one; where there are more, every replica takes the same.
-        let kubevirt = self.kubevirts.state().into_iter().min_by_key(|kubevirt| (kubevirt.namespace(), kubevirt.name_any()));
-        question::effective(kubevirt.as_deref(), migration_policy.as_deref())
+        question::effective(self.kubevirt().as_deref(), migration_policy.as_deref())
+    }
+
+    /// KubeVirt's configuration. KubeVirt allows one; where there are more, every replica takes the same.
+    pub fn kubevirt(&self) -> Option<Arc<KubeVirt>> {
+        self.kubevirts.state().into_iter().min_by_key(|kubevirt| (kubevirt.namespace(), kubevirt.name_any()))
     }
 
     /// What should be asked about a VM now.
@@ -178,6 +181,21 @@ impl Knowledge {
 
     /// Allow, warn or deny, from what is known now.
     pub fn judge(&self, candidate: Candidate<'_>, now: Timestamp) -> Judgement {
+        let (decision, forecast) = self.consider(candidate, now, decision::decide);
+        Judgement { decision, forecast }
+    }
+
+    /// What the stored answer about a VM is worth now.
+    pub fn assess(&self, candidate: Candidate<'_>, now: Timestamp) -> Assessment {
+        self.consider(candidate, now, decision::assess).0
+    }
+
+    fn consider<T>(
+        &self,
+        candidate: Candidate<'_>,
+        now: Timestamp,
+        answer: impl FnOnce(&Input<'_>) -> T,
+    ) -> (T, Option<Arc<MigrationForecast>>) {
         let vm = format!("{}/{}", candidate.namespace, candidate.vmi_name);
         let vmi = self.vmi(candidate.namespace, candidate.vmi_name);
         let policy = vmi.as_deref().and_then(|vmi| self.policy(vmi));
@@ -187,7 +205,7 @@ impl Knowledge {
         });
         let forecast = self.forecast(candidate.namespace, candidate.vmi_name);
         let name = policy.as_deref().map(ResourceExt::name_any);
-        let decision = decision::decide(&Input {
+        let answer = answer(&Input {
             vm: &vm,
             forecast: forecast.as_deref(),
             present: present.as_deref(),
@@ -197,10 +215,11 @@ impl Knowledge {
             policy: name.as_deref(),
             origin: candidate.origin,
         });
-        Judgement { decision, forecast }
+        (answer, forecast)
     }
 
-    fn namespace_labels(&self, vmi: &VirtualMachineInstance) -> BTreeMap<String, String> {
+    /// The labels of a VM's namespace.
+    pub fn namespace_labels(&self, vmi: &VirtualMachineInstance) -> BTreeMap<String, String> {
         let name = vmi.metadata.namespace.as_deref().unwrap_or_default();
         self.namespaces.get(&ObjectRef::new(name)).map(|namespace| namespace.labels().clone()).unwrap_or_default()
     }

@@ -23,7 +23,7 @@ use tracing::warn;
 
 use super::{knowledge::Feeds, metrics::ManagerMetrics};
 use crate::api::{
-    MigrationForecast, PredictionPolicy,
+    MigrationForecast, MigrationPlan, PredictionPolicy,
     kubevirt::{KubeVirt, MigrationPolicy, VirtualMachineInstance, VirtualMachineInstanceMigration},
 };
 
@@ -71,6 +71,17 @@ pub(super) async fn all(client: &Client, feeds: Feeds, metrics: &ManagerMetrics,
         watch.kind(Api::<DeserializeGuard<KubeVirt>>::all(client.clone()), kubevirts, |_| Change::All),
         watch.kind(Api::<DeserializeGuard<Namespace>>::all(client.clone()), namespaces, |_| Change::All),
     );
+}
+
+/// Watches plans, for ever: they concern the planner alone.
+pub(super) async fn plans(
+    client: &Client,
+    feed: Writer<MigrationPlan>,
+    metrics: &ManagerMetrics,
+    changes: &UnboundedSender<Change>,
+) {
+    let watch = Watch { metrics, changes };
+    watch.kind(Api::<DeserializeGuard<MigrationPlan>>::all(client.clone()), feed, |plan| one(None, plan.name_any())).await;
 }
 
 struct Watch<'a> {

@@ -22,18 +22,12 @@ mod tests;
 
 pub use course::Figures;
 pub use schedule::{Comparison, Schedule};
-use serde::{Deserialize, Serialize};
 
 use self::course::Course;
 use super::{
     forecast::{Forecast, Question, Verdict},
-    units::{Bytes, BytesPerSecond},
+    units::{Bytes, BytesPerSecond, MilliCpus},
 };
-
-/// Thousandths of a processor, as Kubernetes counts (`1500m`).
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct MilliCpus(pub u64);
 
 /// A VM that might be moved.
 #[derive(Debug, Clone, PartialEq)]
@@ -99,6 +93,8 @@ pub struct Terms {
 /// The plan. Candidates are meant by their index.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Plan {
+    /// What the link of each candidate's node offers; 0 where neither the terms nor any forecast there say.
+    pub links: Vec<BytesPerSecond>,
     /// Each candidate at the bandwidth on offer; `None` where it has no outlook.
     pub figures: Vec<Option<Figures>>,
     /// Who is eligible, the cheapest first.
@@ -160,7 +156,7 @@ pub struct Shortfall {
 pub fn plan(wanted: Wanted, terms: &Terms, candidates: &[Candidate]) -> Plan {
     let courses: Vec<_> = candidates.iter().map(|it| it.outlook.as_ref().map(|it| Course::of(it, terms.cap))).collect();
     let links = links(terms, candidates);
-    let link = |at: usize| links.get(at).copied().unwrap_or_default();
+    let link = |at: usize| links.get(at).map_or(0.0, |link| link.0 as f64);
     let figures: Vec<_> =
         courses.iter().enumerate().map(|(at, course)| course.as_ref().map(|course| course.at(link(at)))).collect();
     let (mut ranking, mut failing) = (Vec::new(), Vec::new());
@@ -196,11 +192,16 @@ pub fn plan(wanted: Wanted, terms: &Terms, candidates: &[Candidate]) -> Plan {
             .collect();
         schedule::schedule(&jobs, terms)
     });
-    Plan { figures, ranking, selection, schedule }
+    Plan { links, figures, ranking, selection, schedule }
+}
+
+/// One migration at this rate, of which it has no more than `cap`.
+pub fn figures(outlook: &Outlook, cap: Option<BytesPerSecond>, rate: BytesPerSecond) -> Figures {
+    Course::of(outlook, cap).at(rate.0 as f64)
 }
 
 /// What the link of each candidate's node offers, bytes per second.
-fn links(terms: &Terms, candidates: &[Candidate]) -> Vec<f64> {
+fn links(terms: &Terms, candidates: &[Candidate]) -> Vec<BytesPerSecond> {
     // Questions of one node may disagree on its line where some were asked before more was learned: the least is safe.
     let mut lines = std::collections::HashMap::new();
     for candidate in candidates {
@@ -210,7 +211,7 @@ fn links(terms: &Terms, candidates: &[Candidate]) -> Vec<f64> {
         }
     }
     let link = |candidate: &Candidate| terms.link.or_else(|| lines.get(&candidate.node).copied()).unwrap_or_default();
-    candidates.iter().map(|candidate| link(candidate).0 as f64).collect()
+    candidates.iter().map(link).collect()
 }
 
 /// The selection among `items`, the cheapest first, meant by their place in them. `others` are not eligible.
