@@ -12,19 +12,15 @@
 //! | [`dry_run`] | pure: whether a dry run in the background is wanted |
 //! | [`observe`] | pure: from what is known to what should be written |
 //! | `apply` | writes it |
-//! | [`plan`] | pure: from a MigrationPlan and its VMs to its status |
-//! | [`execute`] | pure: the next step of a plan that is carried out |
-//! | `planner` | looks after the plans |
+//! | [`plan`] | makes plans of many migrations, and carries them out |
 //! | `queue` | which VM is looked at next |
 
 mod apply;
 pub mod dry_run;
-pub mod execute;
 pub mod knowledge;
 pub mod metrics;
 pub mod observe;
 pub mod plan;
-mod planner;
 pub mod question;
 mod queue;
 pub mod watch;
@@ -107,7 +103,7 @@ pub async fn run(
     tokio::select! {
         () = watch::all(&client, feeds, &metrics, &sender) => {}
         () = work(&manager, &options, changes) => {}
-        () = planner::run(&client, &manager) => {}
+        () = plan::planner::run(&client, &manager) => {}
         () = shutdown => {}
     }
 }

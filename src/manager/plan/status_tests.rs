@@ -3,16 +3,24 @@
 
 use serde_json::{Value, json};
 
-use super::*;
-use crate::model::forecast::{Bounds, Forecast, Method};
+use super::{super::news::matters, *};
+use crate::{
+    api::MigrationForecastSpec,
+    api::kubevirt::VirtualMachineInstance,
+    decision::Assessment,
+    model::{
+        forecast::{Bounds, Forecast, Method},
+        units::MilliCpus,
+    },
+};
 
 const MIB: u64 = 1 << 20;
 
-pub(in crate::manager) fn now() -> Timestamp {
+pub(in crate::manager::plan) fn now() -> Timestamp {
     "2026-11-22T12:00:00Z".parse().unwrap()
 }
 
-pub(in crate::manager) fn plan(spec: &Value) -> MigrationPlan {
+pub(in crate::manager::plan) fn plan(spec: &Value) -> MigrationPlan {
     let object = json!({
         "apiVersion": "migvisor.io/v1alpha1", "kind": "MigrationPlan",
         "metadata": { "name": "p", "uid": "0b7b5d0e-6c3a-4f6b-9f1f-2f6b7a1d9a10", "generation": 1 }, "spec": spec,
@@ -21,14 +29,14 @@ pub(in crate::manager) fn plan(spec: &Value) -> MigrationPlan {
 }
 
 /// A VM of one GiB and two processors on `node-1`, capped at 100 MiB/s; `lcb` MiB/s are the least at which it converges.
-pub(in crate::manager) struct Fixture {
+pub(in crate::manager::plan) struct Fixture {
     vmi: VirtualMachineInstance,
     present: Option<MigrationForecastSpec>,
     assessment: Assessment,
     migrating: bool,
 }
 
-pub(in crate::manager) fn vm(name: &str, seconds: f64, lcb: u64) -> Fixture {
+pub(in crate::manager::plan) fn vm(name: &str, seconds: f64, lcb: u64) -> Fixture {
     let vmi = json!({
         "metadata": { "name": name, "namespace": "shop", "uid": format!("uid-{name}") },
         "spec": { "domain": { "cpu": { "cores": 2 }, "memory": { "guest": "1Gi" } } },
@@ -67,14 +75,14 @@ pub(in crate::manager) fn vm(name: &str, seconds: f64, lcb: u64) -> Fixture {
 }
 
 impl Fixture {
-    pub(in crate::manager) fn vm(&self) -> Vm<'_> {
+    pub(in crate::manager::plan) fn vm(&self) -> Vm<'_> {
         Vm { vmi: &self.vmi, present: self.present.as_ref(), assessment: self.assessment.clone(), migrating: self.migrating }
     }
 }
 
-pub(in crate::manager) const LIMITS: Limits = Limits { per_node: 2, at_once: 5 };
+pub(in crate::manager::plan) const LIMITS: Limits = Limits { per_node: 2, at_once: 5 };
 
-pub(in crate::manager) fn status_of(spec: &Value, vms: &[Fixture]) -> MigrationPlanStatus {
+pub(in crate::manager::plan) fn status_of(spec: &Value, vms: &[Fixture]) -> MigrationPlanStatus {
     let vms: Vec<_> = vms.iter().map(Fixture::vm).collect();
     status(&plan(spec), &vms, LIMITS, now())
 }

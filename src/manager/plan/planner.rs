@@ -1,10 +1,10 @@
 //! Looks after the plans: makes them, keeps them fresh, carries them out. Only the leader does.
 //!
 //! In: the plans, and everything else that the manager knows. Out: their status, and the VirtualMachineInstanceMigrations of those that are
-//! to be carried out. What should be written is decided by [`super::plan`] and [`super::execute`]; this only reads, writes and waits.
+//! to be carried out. What should be written is decided by [`super::status`] and [`super::execute`]; this only reads, writes and waits.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, HashMap},
     sync::Arc,
     time::Duration,
 };
@@ -13,7 +13,7 @@ use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
 use kube::{
     Api, Client, Resource, ResourceExt,
     api::{ApiResource, DynamicObject, Patch, PatchParams, PostParams},
-    runtime::reflector::{ObjectRef, Store, store::Writer as Feed},
+    runtime::reflector::{Store, store::Writer as Feed},
 };
 use serde_json::json;
 use tokio::{
@@ -24,23 +24,21 @@ use tokio::{
 use tracing::{debug, info, warn};
 
 use super::{
-    Knowledge, Manager,
-    apply::PATIENCE,
-    execute::{self, Advance, Facts, Seen, migration_name},
-    knowledge::Candidate,
-    plan::{self, Vm},
-    question::{self, Desired, Limits},
-    watch::{self, Change},
+    execute::{self, Advance, migration_name},
+    news, status, survey,
 };
 use crate::{
     api::{
         MigrationPlan, MigrationPlanStatus,
-        kubevirt::{VirtualMachineInstance, VirtualMachineInstanceMigration},
+        kubevirt::VirtualMachineInstanceMigration,
         names,
         plan::{Phase, PlannedMigration, Step},
-        policy::Selectors,
     },
-    decision::{Assessment, Origin},
+    manager::{
+        Manager,
+        apply::PATIENCE,
+        watch::{self, Change},
+    },
 };
 
 /// A plan that nothing is done about is made anew this often.
@@ -51,7 +49,7 @@ const STEP: Duration = Duration::from_secs(1);
 const PAUSE: Duration = Duration::from_secs(5);
 
 /// Looks after all plans, for ever.
-pub(super) async fn run(client: &Client, manager: &Manager) {
+pub(in crate::manager) async fn run(client: &Client, manager: &Manager) {
     let feed = Feed::default();
     let plans: Store<MigrationPlan> = feed.as_reader();
     let (sender, changes) = mpsc::unbounded_channel();
@@ -120,17 +118,13 @@ impl Planner<'_> {
         // A search may take a while: not on the threads that answer admission.
         let fresh = spawn_blocking(move || {
             let now = Timestamp::now();
-            let moving = moving(&knowledge);
-            let looks: Vec<_> =
-                chosen(&knowledge, &planned).into_iter().map(|vmi| Look::at(&knowledge, vmi, &moving, now)).collect();
-            let vms: Vec<_> = looks.iter().map(Look::vm).collect();
-            let status = plan::status(&planned, &vms, limits(&knowledge), now);
+            let status = survey::made(&knowledge, &planned, now);
             let begins = planned.spec.execute && status.phase == Some(Phase::Planned);
             if begins { execute::begin(&planned, status, now) } else { status }
         });
         let fresh = fresh.await.map_err(|error| format!("planning ended abruptly: {error}"))?;
         let begins = fresh.phase == Some(Phase::Executing);
-        if plan::matters(plan.status.as_ref(), &fresh, Timestamp::now()) {
+        if news::matters(plan.status.as_ref(), &fresh, Timestamp::now()) {
             self.write(plan, &fresh).await?;
             debug!(plan = plan.name_any(), phase = ?fresh.phase, "planned");
         }
@@ -142,11 +136,10 @@ impl Planner<'_> {
     async fn step(&self, plan: &MigrationPlan, stored: &MigrationPlanStatus) -> Result<Duration, String> {
         let now = Timestamp::now();
         let knowledge = &self.manager.knowledge;
-        let terms = plan::terms(plan, limits(knowledge)).map_err(|error| error.to_string())?;
+        let terms = status::terms(plan, survey::limits(knowledge)).map_err(|error| error.to_string())?;
         let steps = stored.schedule.as_ref().map(|schedule| schedule.steps.as_slice()).unwrap_or_default();
-        let moving = moving(knowledge);
-        let facts: Vec<_> = steps.iter().enumerate().map(|(at, step)| facts(knowledge, plan, (at, step), &moving, now)).collect();
-        let Advance { mut status, start } = execute::advance(plan, stored, &facts, &others(knowledge, plan), &terms, now);
+        let facts = survey::facts(knowledge, plan, steps, now);
+        let Advance { mut status, start } = execute::advance(plan, stored, &facts, &survey::others(knowledge, plan), &terms, now);
         for at in start {
             let Some(step) = steps.get(at) else { continue };
             if !(self.manager.is_leader)() {
@@ -229,99 +222,4 @@ enum Failure {
     Refused(String),
     /// Nobody answered; it is tried again.
     Absent(String),
-}
-
-/// KubeVirt's limits, as they are configured now.
-fn limits(knowledge: &Knowledge) -> Limits {
-    question::limits(knowledge.kubevirt().as_deref())
-}
-
-/// The VMs that a plan is about, in order of their names.
-fn chosen(knowledge: &Knowledge, plan: &MigrationPlan) -> Vec<Arc<VirtualMachineInstance>> {
-    let spec = &plan.spec;
-    let everything = Selectors::default();
-    let selectors = spec.selectors.as_ref().unwrap_or(&everything);
-    let mut vmis = knowledge.vmis.state_filter(|vmi| {
-        vmi.status.phase == "Running" && spec.source_node.as_ref().is_none_or(|node| vmi.status.node_name == *node)
-    });
-    vmis.retain(|vmi| selectors.match_labels(&knowledge.namespace_labels(vmi), vmi.labels()));
-    vmis.sort_by_key(|vmi| (vmi.namespace(), vmi.name_any()));
-    vmis
-}
-
-/// The VMs, by namespace and name, of which a migration is under way.
-fn moving(knowledge: &Knowledge) -> HashSet<(String, String)> {
-    let under_way = knowledge.migrations.state_filter(VirtualMachineInstanceMigration::is_under_way);
-    under_way.iter().map(|migration| (migration.namespace().unwrap_or_default(), migration.spec.vmi_name.clone())).collect()
-}
-
-/// A VM with its question and what its answer is worth.
-struct Look {
-    vmi: Arc<VirtualMachineInstance>,
-    desired: Desired,
-    assessment: Assessment,
-    migrating: bool,
-}
-
-impl Look {
-    fn at(knowledge: &Knowledge, vmi: Arc<VirtualMachineInstance>, moving: &HashSet<(String, String)>, now: Timestamp) -> Self {
-        let (namespace, vmi_name) = (vmi.namespace().unwrap_or_default(), vmi.name_any());
-        let desired = knowledge.desired(&vmi, knowledge.policy(&vmi).as_deref());
-        let candidate = Candidate { namespace: &namespace, vmi_name: &vmi_name, leaves_cluster: false, origin: Origin::Person };
-        let assessment = knowledge.assess(candidate, now);
-        let migrating = vmi.is_migrating() || moving.contains(&(namespace, vmi_name));
-        Self { vmi, desired, assessment, migrating }
-    }
-
-    fn vm(&self) -> Vm<'_> {
-        let present = match &self.desired {
-            Desired::Ask(spec) => Some(&**spec),
-            Desired::Wait | Desired::Nothing => None,
-        };
-        Vm { vmi: &self.vmi, present, assessment: self.assessment.clone(), migrating: self.migrating }
-    }
-}
-
-/// What is known of a step now.
-fn facts(
-    knowledge: &Knowledge,
-    plan: &MigrationPlan,
-    (at, step): (usize, &Step),
-    moving: &HashSet<(String, String)>,
-    now: Timestamp,
-) -> Facts {
-    let vmi = knowledge.vmi(&step.namespace, &step.name).filter(|vmi| vmi.status.phase == "Running");
-    let migration = knowledge.migrations.get(&ObjectRef::new(&migration_name(plan, at)).within(&step.namespace));
-    let state = vmi.as_ref().and_then(|vmi| vmi.status.migration_state.clone()).filter(|state| state.completed);
-    let ours = |migration: &VirtualMachineInstanceMigration| {
-        plan.uid().is_some() && migration.labels().get(names::PLAN_LABEL) == plan.metadata.uid.as_ref()
-    };
-    Facts {
-        vm: vmi.as_ref().map(|vmi| (vmi.uid().unwrap_or_default(), vmi.status.node_name.clone())),
-        migration: migration.map(|migration| Seen {
-            uid: migration.uid().unwrap_or_default(),
-            phase: migration.status.phase.clone(),
-            ours: ours(&migration),
-            created_at: migration.creation_timestamp(),
-        }),
-        last: state.map(|state| (state.migration_uid, !state.failed)),
-        outlook: vmi.map_or_else(
-            || Err(plan::Obstacle { reason: names::reason::NO_ANSWER, message: "it does not run".to_owned() }),
-            |vmi| Look::at(knowledge, vmi, moving, now).vm().outlook(),
-        ),
-    }
-}
-
-/// Migrations under way that are not this plan's, by the node that they leave.
-fn others(knowledge: &Knowledge, plan: &MigrationPlan) -> Vec<(String, usize)> {
-    let mut by_node: BTreeMap<String, usize> = BTreeMap::new();
-    for migration in knowledge.migrations.state() {
-        let ours = migration.labels().get(names::PLAN_LABEL) == plan.metadata.uid.as_ref();
-        if !ours && migration.is_under_way() {
-            let namespace = migration.namespace().unwrap_or_default();
-            let node = knowledge.vmi(&namespace, &migration.spec.vmi_name).map(|vmi| vmi.status.node_name.clone());
-            *by_node.entry(node.unwrap_or_default()).or_default() += 1;
-        }
-    }
-    by_node.into_iter().collect()
 }

@@ -1,104 +1,34 @@
 //! From a MigrationPlan and what is known of its VMs to the status that it should have. Pure.
 //!
-//! In: the plan, the VMs with their questions and answers, KubeVirt's limits, the time. Out: the status before anything is carried out,
-//! and whether it says enough that is new to be written. Carrying it out is [`super::execute`]'s part.
+//! In: the plan, the VMs with their questions and answers, KubeVirt's limits, the time. Out: the status before anything is carried out.
+//! Carrying it out is [`super::execute`]'s part.
 
-use k8s_openapi::{
-    apimachinery::pkg::apis::meta::v1::{Condition, Time},
-    jiff::Timestamp,
-};
+use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
 use kube::{Resource, ResourceExt};
 
-use super::question::{self, Limits};
+use super::{
+    news::condition,
+    vm::{Obstacle, Vm},
+};
 use crate::{
     api::{
-        MigrationForecastSpec, MigrationPlan, MigrationPlanStatus,
+        MigrationPlan, MigrationPlanStatus,
         convert::shortened,
         fingerprint,
-        kubevirt::VirtualMachineInstance,
         names::reason,
         plan::{self as object, MOST, Phase},
         scalar::{Duration, Quantity},
     },
-    decision::Assessment,
+    manager::question::Limits,
     model::{
         forecast::Verdict,
         plan::{self as model, Comparison, Figures, Outlook, Plan, Terms, Wanted},
-        units::{Bytes, BytesPerSecond, MilliCpus},
+        units::BytesPerSecond,
     },
 };
 
 /// The condition that says whether there is a plan.
 pub const PLANNED: &str = "Planned";
-
-/// Figures that changed by less than this share are not worth a write by themselves.
-const NOISE: f64 = 0.02;
-/// What is written is rewritten after this, if it has changed at all.
-const REFRESH: std::time::Duration = std::time::Duration::from_secs(15 * 60);
-
-/// A VM, as the manager knows it.
-#[derive(Debug, Clone)]
-pub struct Vm<'a> {
-    /// What KubeVirt says of it.
-    pub vmi: &'a VirtualMachineInstance,
-    /// What should be asked about it; `None`: nothing is.
-    pub present: Option<&'a MigrationForecastSpec>,
-    /// What the stored answer is worth.
-    pub assessment: Assessment,
-    /// A migration of it is under way.
-    pub migrating: bool,
-}
-
-/// Why a VM is not eligible.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Obstacle {
-    /// One of [`reason`].
-    pub reason: &'static str,
-    /// For people.
-    pub message: String,
-}
-
-impl Vm<'_> {
-    /// What moving it would be like; or why nobody can tell, or nobody should.
-    pub fn outlook(&self) -> Result<Outlook, Obstacle> {
-        let obstacle = |reason, message: &str| Err(Obstacle { reason, message: message.to_owned() });
-        if self.migrating {
-            return obstacle(reason::MIGRATING, "a migration of it is under way already");
-        }
-        let Some(present) = self.present else {
-            let stuck = self.vmi.condition("LiveMigratable").filter(|condition| condition.status == "False");
-            return match stuck {
-                Some(why) if why.message.is_empty() => obstacle(reason::NOT_MIGRATABLE, "KubeVirt cannot migrate it"),
-                Some(why) => obstacle(reason::NOT_MIGRATABLE, &why.message),
-                None => obstacle(reason::NO_ANSWER, "it is not running yet, or its place is not known"),
-            };
-        };
-        let forecast = match &self.assessment {
-            Assessment::Known(forecast) => (**forecast).clone(),
-            Assessment::Unknown(reason, message) => return obstacle(reason, message),
-        };
-        match (present.question(), present.guest_memory()) {
-            (Ok(question), Ok(guest)) => Ok(Outlook { question, forecast, guest }),
-            (Err(error), _) | (_, Err(error)) => obstacle(reason::BAD_QUESTION, &error.to_string()),
-        }
-    }
-
-    /// Memory that its leaving frees.
-    pub fn memory(&self) -> Bytes {
-        question::guest_memory(self.vmi).unwrap_or_default()
-    }
-
-    /// Processors that its leaving frees: what it requests, else how many it has.
-    pub fn cpu(&self) -> MilliCpus {
-        let domain = &self.vmi.spec.domain;
-        let requested = domain.resources.requests.get("cpu").and_then(|quantity| quantity.processors().ok());
-        let one = |count: Option<u64>| count.unwrap_or(1).max(1);
-        requested.unwrap_or_else(|| {
-            let threads = one(domain.cpu.sockets).saturating_mul(one(domain.cpu.cores)).saturating_mul(one(domain.cpu.threads));
-            MilliCpus(threads.saturating_mul(1000))
-        })
-    }
-}
 
 /// The terms of a plan: what it says itself, within KubeVirt's limits.
 ///
@@ -347,82 +277,6 @@ fn concluded(
     }
 }
 
-/// A condition of a plan, as old as what it says.
-pub(super) fn condition(
-    plan: &MigrationPlan,
-    type_: &str,
-    holds: bool,
-    reason: &str,
-    message: &str,
-    now: Timestamp,
-) -> Condition {
-    let status = if holds { "True" } else { "False" };
-    let stored = plan.status.as_ref().map(|status| status.conditions.as_slice()).unwrap_or_default();
-    let before = stored.iter().find(|condition| condition.type_ == type_ && condition.status == status);
-    Condition {
-        type_: type_.to_owned(),
-        status: status.to_owned(),
-        reason: reason.to_owned(),
-        message: message.to_owned(),
-        last_transition_time: before.map_or(Time(now), |before| before.last_transition_time.clone()),
-        observed_generation: plan.metadata.generation,
-    }
-}
-
-/// Is it worth writing? Who goes, when, and why somebody does not, always is; figures only where they changed by more than noise, or
-/// what is stored is old.
-pub fn matters(stored: Option<&MigrationPlanStatus>, fresh: &MigrationPlanStatus, now: Timestamp) -> bool {
-    let Some(stored) = stored else { return true };
-    let age = stored.planned_at.as_ref().map_or(REFRESH, |at| now.duration_since(at.0).unsigned_abs());
-    let changed = || MigrationPlanStatus { planned_at: fresh.planned_at.clone(), ..stored.clone() } != *fresh;
-    let far = |(was, is): (&f64, &f64)| (was - is).abs() > NOISE * was.abs().max(is.abs());
-    discrete(stored) != discrete(fresh) || numbers(stored).iter().zip(&numbers(fresh)).any(far) || age >= REFRESH && changed()
-}
-
-/// The status without figures, and without what is said of them.
-fn discrete(status: &MigrationPlanStatus) -> MigrationPlanStatus {
-    let candidate = |candidate: &object::Candidate| object::Candidate {
-        cost: None,
-        probability: None,
-        total_time: None,
-        downtime: None,
-        least_convergent_bandwidth: None,
-        message: None,
-        ..candidate.clone()
-    };
-    let schedule = |schedule: object::Schedule| object::Schedule {
-        makespan: Duration::default(),
-        least_makespan: Duration::default(),
-        one_by_one: object::Comparison::default(),
-        all_at_once: object::Comparison::default(),
-        ..schedule
-    };
-    let condition = |condition: &Condition| Condition {
-        last_transition_time: Time(Timestamp::UNIX_EPOCH),
-        message: String::new(),
-        ..condition.clone()
-    };
-    MigrationPlanStatus {
-        planned_at: None,
-        message: None,
-        candidates: status.candidates.iter().map(candidate).collect(),
-        schedule: status.schedule.clone().map(schedule),
-        conditions: status.conditions.iter().map(condition).collect(),
-        selection: status.selection.clone().map(|selection| object::Selection { cost: 0.0, least_cost: 0.0, ..selection }),
-        saving: None,
-        ..status.clone()
-    }
-}
-
-/// The figures of the whole.
-fn numbers(status: &MigrationPlanStatus) -> Vec<f64> {
-    let selection = status.selection.as_ref().map_or(0.0, |selection| selection.cost);
-    let saving =
-        status.saving.as_ref().map_or((0.0, 0.0), |saving| (saving.random_cost.unwrap_or_default(), saving.everything_cost));
-    let makespan = status.schedule.as_ref().map_or(0.0, |schedule| schedule.makespan.as_ms());
-    vec![selection, saving.0, saving.1, makespan]
-}
-
 #[cfg(test)]
-#[path = "plan_tests.rs"]
+#[path = "status_tests.rs"]
 pub(super) mod tests;

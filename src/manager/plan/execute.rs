@@ -13,7 +13,7 @@ use k8s_openapi::{
     jiff::Timestamp,
 };
 
-use super::plan::{Obstacle, condition};
+use super::{news::condition, vm::Obstacle};
 use crate::{
     api::{
         MigrationPlan, MigrationPlanStatus,

@@ -7,15 +7,15 @@ use proptest::prelude::*;
 use serde_json::json;
 
 use super::{
-    super::plan::{
+    super::status::{
         self,
-        tests::{Fixture, LIMITS, now, status_of, vm},
+        tests::{Fixture, LIMITS, now, plan, status_of, vm},
     },
     *,
 };
 
 fn planned(execute: bool) -> MigrationPlan {
-    plan::tests::plan(&json!({ "sourceNode": "node-1", "want": "Everything", "bandwidth": "100Mi", "execute": execute }))
+    plan(&json!({ "sourceNode": "node-1", "want": "Everything", "bandwidth": "100Mi", "execute": execute }))
 }
 
 /// Six VMs, two at a time: each is capped at 100 MiB/s, as is the link, and converges from 20 on.
@@ -46,7 +46,7 @@ fn seen(phase: &str) -> Seen {
 
 fn terms(plan: &MigrationPlan) -> Terms {
     // Half of the link each.
-    plan::terms(plan, LIMITS).unwrap()
+    status::terms(plan, LIMITS).unwrap()
 }
 
 /// What a look at a plan that has begun says where one fact is another one.
