@@ -215,11 +215,13 @@ async fn plan_picks_the_vm_that_exhaustive_search_picks() -> Result<()> {
         forecasts.push(scene.vm(name, memory, share, per_second).await?);
     }
     running_vmi(&scene.client, NAMESPACE, "unseen", NODE, "1Gi").await?;
-    let stuck = running_vmi(&scene.client, NAMESPACE, "stuck", NODE, "1Gi").await?;
+    running_vmi(&scene.client, NAMESPACE, "stuck", NODE, "1Gi").await?;
     let no = json!([{ "type": "LiveMigratable", "status": "False", "reason": "SEVNotLiveMigratable", "message": "SEV is on" }]);
     let patch = Patch::Merge(json!({ "status": { "conditions": no } }));
     vmis(&scene.client, NAMESPACE).patch("stuck", &PatchParams::default(), &patch).await?;
-    drop(stuck);
+    running_vmi(&scene.client, NAMESPACE, "tied", NODE, "1Gi").await?;
+    let tie = Patch::Merge(json!({ "spec": { "nodeSelector": { "kubernetes.io/hostname": NODE } } }));
+    vmis(&scene.client, NAMESPACE).patch("tied", &PatchParams::default(), &tie).await?;
 
     // What the forecasts themselves say: memory and cost of those that converge. One says no.
     let eligible: Vec<(&str, u64, f64)> = forecasts
@@ -248,7 +250,7 @@ async fn plan_picks_the_vm_that_exhaustive_search_picks() -> Result<()> {
         let spec =
             json!({ "sourceNode": NODE, "want": "CheapestSet", "free": { "memory": format!("{gib}Gi") }, "bandwidth": "128Mi" });
         scene.plan(&name, &spec).await?;
-        let complete = |status: &MigrationPlanStatus| status.phase.is_some() && status.candidates.len() == 10;
+        let complete = |status: &MigrationPlanStatus| status.phase.is_some() && status.candidates.len() == 11;
         let status = scene.plan_that(&name, "has looked at everybody", SOON, complete).await?;
         let exhaustive = every_set(gib << 30)?;
         ensure!(members(&status) == exhaustive, "{gib} GiB: {:?} instead of {exhaustive:?}", members(&status));
@@ -270,6 +272,7 @@ async fn plan_picks_the_vm_that_exhaustive_search_picks() -> Result<()> {
     ensure!(members(&one) == HashSet::from([cheapest.0]), "{:?} instead of {}", members(&one), cheapest.0);
     let why = |name: &str| one.candidates.iter().find(|it| it.name == name).and_then(|it| it.reason.as_deref());
     ensure!(why("unseen") == Some("NoAnswer") && why("stuck") == Some("NotLiveMigratable"), "{:?}", one.candidates);
+    ensure!(why("tied") == Some("NoNode"), "{:?}", one.candidates);
     ensure!(why("wild") == Some("BudgetExceeded") && why(cheapest.0).is_none(), "{:?}", one.candidates);
 
     // The command line reads the same and says the same.

@@ -65,8 +65,11 @@ pub struct VirtualMachineInstance {
 
 /// `spec` of a VirtualMachineInstance.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
-#[serde(default)]
+#[serde(default, rename_all = "camelCase")]
 pub struct VmiSpec {
+    /// Labels that its node has to have.
+    #[serde(deserialize_with = "lenient")]
+    pub node_selector: BTreeMap<String, String>,
     /// The machine.
     #[serde(deserialize_with = "lenient")]
     pub domain: Domain,

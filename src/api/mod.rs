@@ -12,6 +12,7 @@
 //! | [`policy`] | PredictionPolicy, and which one applies to a VM |
 //! | [`convert`] | between these objects, the model and the annotations |
 //! | [`kubevirt`] | KubeVirt's objects, as far as we read them |
+//! | [`node`] | nodes, as far as we read them |
 //! | [`names`] | annotation keys, labels, reasons, field managers |
 //! | [`scalar`] | quantities and durations as Kubernetes writes them |
 //! | `schema` | schemas of scalars |
@@ -23,6 +24,7 @@ pub mod forecast;
 pub mod kubevirt;
 pub mod migration;
 pub mod names;
+pub mod node;
 pub mod plan;
 pub mod policy;
 pub mod scalar;

@@ -88,6 +88,8 @@ pub mod reason {
     pub const OUTSIDE_MODEL: &str = "OutsideTheModel";
     /// A plan: a migration of the VM is under way.
     pub const MIGRATING: &str = "AlreadyMigrating";
+    /// A plan: there is no node that the VM could go to.
+    pub const NO_NODE: &str = "NoNode";
     /// A plan: KubeVirt cannot migrate the VM at all.
     pub const NOT_MIGRATABLE: &str = "NotLiveMigratable";
     /// The question itself cannot be read.

@@ -133,7 +133,10 @@ pub async fn run(args: PlanArgs) -> anyhow::Result<ExitCode> {
     let plan = MigrationPlan::new("", args.spec()?);
     let client = client::connect(args.kubeconfig.as_deref()).await?;
     let knowledge = read(&client).await?;
-    let status = survey::made(&knowledge, &plan, Timestamp::now());
+    let feed = Writer::default();
+    let nodes = feed.as_reader();
+    fill(&client, feed).await?;
+    let status = survey::made(&knowledge, &nodes.state(), &plan, Timestamp::now());
     super::print(&match args.output {
         Format::Table => table(&status),
         Format::Json => serde_json::to_string_pretty(&status)? + "\n",

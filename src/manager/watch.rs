@@ -25,6 +25,7 @@ use super::{knowledge::Feeds, metrics::ManagerMetrics};
 use crate::api::{
     MigrationForecast, MigrationPlan, PredictionPolicy,
     kubevirt::{KubeVirt, MigrationPolicy, VirtualMachineInstance, VirtualMachineInstanceMigration},
+    node::Node,
 };
 
 /// A VM, by namespace and name.
@@ -73,15 +74,19 @@ pub(super) async fn all(client: &Client, feeds: Feeds, metrics: &ManagerMetrics,
     );
 }
 
-/// Watches plans, for ever: they concern the planner alone.
-pub(super) async fn plans(
+/// Watches what concerns plans alone, for ever. A change names the plan; one of a node, which tells of itself all the time, names none.
+pub(super) async fn for_plans(
     client: &Client,
-    feed: Writer<MigrationPlan>,
+    plans: Writer<MigrationPlan>,
+    nodes: Writer<Node>,
     metrics: &ManagerMetrics,
     changes: &UnboundedSender<Change>,
 ) {
     let watch = Watch { metrics, changes };
-    watch.kind(Api::<DeserializeGuard<MigrationPlan>>::all(client.clone()), feed, |plan| one(None, plan.name_any())).await;
+    tokio::join!(
+        watch.kind(Api::<DeserializeGuard<MigrationPlan>>::all(client.clone()), plans, |plan| one(None, plan.name_any())),
+        watch.kind(Api::<DeserializeGuard<Node>>::all(client.clone()), nodes, |_| one(None, String::new())),
+    );
 }
 
 struct Watch<'a> {

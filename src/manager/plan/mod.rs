@@ -5,6 +5,7 @@
 //! | module | what |
 //! |---|---|
 //! | [`vm`] | pure: a VM as a plan sees it |
+//! | [`room`] | pure: is there a node that a VM would fit on |
 //! | [`status`] | pure: from a plan and its VMs to its status |
 //! | [`execute`] | pure: the next step of a plan that is carried out |
 //! | [`news`] | pure: which changes are worth a write |
@@ -14,6 +15,7 @@
 pub mod execute;
 pub mod news;
 pub(super) mod planner;
+pub mod room;
 pub mod status;
 pub mod survey;
 pub mod vm;

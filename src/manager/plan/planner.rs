@@ -32,6 +32,7 @@ use crate::{
         MigrationPlan, MigrationPlanStatus,
         kubevirt::VirtualMachineInstanceMigration,
         names,
+        node::Node,
         plan::{Phase, PlannedMigration, Step},
     },
     manager::{
@@ -50,23 +51,24 @@ const PAUSE: Duration = Duration::from_secs(5);
 
 /// Looks after all plans, for ever.
 pub(in crate::manager) async fn run(client: &Client, manager: &Manager) {
-    let feed = Feed::default();
-    let plans: Store<MigrationPlan> = feed.as_reader();
+    let (of_plans, of_nodes) = (Feed::default(), Feed::default());
+    let (plans, nodes) = (of_plans.as_reader(), of_nodes.as_reader());
     let (sender, changes) = mpsc::unbounded_channel();
-    let planner = Planner { client, manager, plans };
-    tokio::join!(watch::plans(client, feed, &manager.metrics, &sender), planner.work(changes));
+    let planner = Planner { client, manager, plans, nodes };
+    tokio::join!(watch::for_plans(client, of_plans, of_nodes, &manager.metrics, &sender), planner.work(changes));
 }
 
 struct Planner<'a> {
     client: &'a Client,
     manager: &'a Manager,
     plans: Store<MigrationPlan>,
+    nodes: Store<Node>,
 }
 
 impl Planner<'_> {
     async fn work(&self, mut changes: mpsc::UnboundedReceiver<Change>) {
         self.manager.knowledge.ready().await;
-        if self.plans.wait_until_ready().await.is_err() {
+        if self.plans.wait_until_ready().await.is_err() || self.nodes.wait_until_ready().await.is_err() {
             return std::future::pending().await;
         }
         let mut due: HashMap<String, Instant> = HashMap::new();
@@ -114,11 +116,11 @@ impl Planner<'_> {
 
     /// Makes the plan anew; where it is to be carried out, freezes it.
     async fn replan(&self, plan: &Arc<MigrationPlan>) -> Result<Duration, String> {
-        let (knowledge, planned) = (self.manager.knowledge.clone(), Arc::clone(plan));
+        let (knowledge, nodes, planned) = (self.manager.knowledge.clone(), self.nodes.state(), Arc::clone(plan));
         // A search may take a while: not on the threads that answer admission.
         let fresh = spawn_blocking(move || {
             let now = Timestamp::now();
-            let status = survey::made(&knowledge, &planned, now);
+            let status = survey::made(&knowledge, &nodes, &planned, now);
             let begins = planned.spec.execute && status.phase == Some(Phase::Planned);
             if begins { execute::begin(&planned, status, now) } else { status }
         });
@@ -138,7 +140,7 @@ impl Planner<'_> {
         let knowledge = &self.manager.knowledge;
         let terms = status::terms(plan, survey::limits(knowledge)).map_err(|error| error.to_string())?;
         let steps = stored.schedule.as_ref().map(|schedule| schedule.steps.as_slice()).unwrap_or_default();
-        let facts = survey::facts(knowledge, plan, steps, now);
+        let facts = survey::facts(knowledge, &self.nodes.state(), plan, steps, now);
         let Advance { mut status, start } = execute::advance(plan, stored, &facts, &survey::others(knowledge, plan), &terms, now);
         for at in start {
             let Some(step) = steps.get(at) else { continue };

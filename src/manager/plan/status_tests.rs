@@ -34,6 +34,7 @@ pub(in crate::manager::plan) struct Fixture {
     present: Option<MigrationForecastSpec>,
     assessment: Assessment,
     migrating: bool,
+    no_room: Option<String>,
 }
 
 pub(in crate::manager::plan) fn vm(name: &str, seconds: f64, lcb: u64) -> Fixture {
@@ -71,12 +72,19 @@ pub(in crate::manager::plan) fn vm(name: &str, seconds: f64, lcb: u64) -> Fixtur
         present: Some(serde_json::from_value(present).unwrap()),
         assessment: Assessment::Known(Box::new(forecast)),
         migrating: false,
+        no_room: None,
     }
 }
 
 impl Fixture {
     pub(in crate::manager::plan) fn vm(&self) -> Vm<'_> {
-        Vm { vmi: &self.vmi, present: self.present.as_ref(), assessment: self.assessment.clone(), migrating: self.migrating }
+        Vm {
+            vmi: &self.vmi,
+            present: self.present.as_ref(),
+            assessment: self.assessment.clone(),
+            migrating: self.migrating,
+            no_room: self.no_room.clone(),
+        }
     }
 }
 
@@ -101,20 +109,28 @@ fn reason_of<'a>(status: &'a MigrationPlanStatus, name: &str) -> Option<&'a str>
 
 #[test]
 fn everybody_is_listed_and_who_cannot_go_has_a_reason() {
-    let mut vms =
-        [vm("calm", 11.0, 20), vm("wild", 300.0, 180), vm("stuck", 11.0, 20), vm("unseen", 11.0, 20), vm("moving", 9.0, 20)];
+    let mut vms = [
+        vm("calm", 11.0, 20),
+        vm("wild", 300.0, 180),
+        vm("stuck", 11.0, 20),
+        vm("unseen", 11.0, 20),
+        vm("moving", 9.0, 20),
+        vm("tied", 9.0, 20),
+    ];
     let no = json!([{ "type": "LiveMigratable", "status": "False", "reason": "SEV", "message": "SEV VMs cannot be migrated" }]);
     (vms[2].vmi.status.conditions, vms[2].present) = (serde_json::from_value(no).unwrap(), None);
     vms[3].assessment = Assessment::Unknown(reason::NO_ANSWER, "no agent has answered yet".to_owned());
     vms[4].migrating = true;
+    vms[5].no_room = Some("there is no other node".to_owned());
     let status = status_of(&whole_node(), &vms);
     assert_eq!((status.phase, names(&status)), (Some(Phase::Planned), vec!["calm"]));
-    assert_eq!(status.candidates.len(), 5);
+    assert_eq!(status.candidates.len(), 6);
     assert_eq!((status.candidates[0].rank, reason_of(&status, "calm")), (Some(1), None));
     assert_eq!(reason_of(&status, "wild"), Some(reason::BUDGET_EXCEEDED));
     assert_eq!(reason_of(&status, "stuck"), Some(reason::NOT_MIGRATABLE));
     assert_eq!(reason_of(&status, "unseen"), Some(reason::NO_ANSWER));
     assert_eq!(reason_of(&status, "moving"), Some(reason::MIGRATING));
+    assert_eq!(reason_of(&status, "tied"), Some(reason::NO_NODE));
     let wild = status.candidates.iter().find(|candidate| candidate.name == "wild").unwrap();
     assert_eq!(wild.message.as_deref(), Some("at 100 MiB/s it would not converge for certain; it needs at least 180 MiB/s"));
     assert_eq!((wild.verdict, wild.cost), (Some(Verdict::Fails), None));

@@ -12,7 +12,7 @@ use kube::{ResourceExt, runtime::reflector::ObjectRef};
 
 use super::{
     execute::{Facts, Seen, migration_name},
-    status,
+    room, status,
     vm::{Obstacle, Vm},
 };
 use crate::{
@@ -20,6 +20,7 @@ use crate::{
         MigrationPlan, MigrationPlanStatus,
         kubevirt::{VirtualMachineInstance, VirtualMachineInstanceMigration},
         names,
+        node::Node,
         plan::Step,
         policy::Selectors,
     },
@@ -31,17 +32,23 @@ use crate::{
 };
 
 /// The status of a plan of which nothing has been carried out, from what is known now.
-pub fn made(knowledge: &Knowledge, plan: &MigrationPlan, now: Timestamp) -> MigrationPlanStatus {
-    let moving = moving(knowledge);
-    let looks: Vec<_> = chosen(knowledge, plan).into_iter().map(|vmi| Look::at(knowledge, vmi, &moving, now)).collect();
+pub fn made(knowledge: &Knowledge, nodes: &[Arc<Node>], plan: &MigrationPlan, now: Timestamp) -> MigrationPlanStatus {
+    let scene = Scene { knowledge, nodes, moving: moving(knowledge), now };
+    let looks: Vec<_> = chosen(knowledge, plan).into_iter().map(|vmi| Look::at(&scene, vmi)).collect();
     let vms: Vec<_> = looks.iter().map(Look::vm).collect();
     status::status(plan, &vms, limits(knowledge), now)
 }
 
 /// What is known of each step now.
-pub(super) fn facts(knowledge: &Knowledge, plan: &MigrationPlan, steps: &[Step], now: Timestamp) -> Vec<Facts> {
-    let moving = moving(knowledge);
-    steps.iter().enumerate().map(|(at, step)| facts_of(knowledge, plan, (at, step), &moving, now)).collect()
+pub(super) fn facts(
+    knowledge: &Knowledge,
+    nodes: &[Arc<Node>],
+    plan: &MigrationPlan,
+    steps: &[Step],
+    now: Timestamp,
+) -> Vec<Facts> {
+    let scene = Scene { knowledge, nodes, moving: moving(knowledge), now };
+    steps.iter().enumerate().map(|(at, step)| facts_of(&scene, plan, at, step)).collect()
 }
 
 /// KubeVirt's limits, as they are configured now.
@@ -68,22 +75,33 @@ fn moving(knowledge: &Knowledge) -> HashSet<(String, String)> {
     under_way.iter().map(|migration| (migration.namespace().unwrap_or_default(), migration.spec.vmi_name.clone())).collect()
 }
 
+/// What every look needs.
+struct Scene<'a> {
+    knowledge: &'a Knowledge,
+    nodes: &'a [Arc<Node>],
+    moving: HashSet<(String, String)>,
+    now: Timestamp,
+}
+
 /// A VM with its question and what its answer is worth.
 struct Look {
     vmi: Arc<VirtualMachineInstance>,
     desired: Desired,
     assessment: Assessment,
     migrating: bool,
+    no_room: Option<String>,
 }
 
 impl Look {
-    fn at(knowledge: &Knowledge, vmi: Arc<VirtualMachineInstance>, moving: &HashSet<(String, String)>, now: Timestamp) -> Self {
+    fn at(scene: &Scene<'_>, vmi: Arc<VirtualMachineInstance>) -> Self {
+        let knowledge = scene.knowledge;
         let (namespace, vmi_name) = (vmi.namespace().unwrap_or_default(), vmi.name_any());
         let desired = knowledge.desired(&vmi, knowledge.policy(&vmi).as_deref());
         let candidate = Candidate { namespace: &namespace, vmi_name: &vmi_name, leaves_cluster: false, origin: Origin::Person };
-        let assessment = knowledge.assess(candidate, now);
-        let migrating = vmi.is_migrating() || moving.contains(&(namespace, vmi_name));
-        Self { vmi, desired, assessment, migrating }
+        let assessment = knowledge.assess(candidate, scene.now);
+        let migrating = vmi.is_migrating() || scene.moving.contains(&(namespace, vmi_name));
+        let no_room = room::lacking(&vmi, scene.nodes);
+        Self { vmi, desired, assessment, migrating, no_room }
     }
 
     fn vm(&self) -> Vm<'_> {
@@ -91,17 +109,18 @@ impl Look {
             Desired::Ask(spec) => Some(&**spec),
             Desired::Wait | Desired::Nothing => None,
         };
-        Vm { vmi: &self.vmi, present, assessment: self.assessment.clone(), migrating: self.migrating }
+        Vm {
+            vmi: &self.vmi,
+            present,
+            assessment: self.assessment.clone(),
+            migrating: self.migrating,
+            no_room: self.no_room.clone(),
+        }
     }
 }
 
-fn facts_of(
-    knowledge: &Knowledge,
-    plan: &MigrationPlan,
-    (at, step): (usize, &Step),
-    moving: &HashSet<(String, String)>,
-    now: Timestamp,
-) -> Facts {
+fn facts_of(scene: &Scene<'_>, plan: &MigrationPlan, at: usize, step: &Step) -> Facts {
+    let knowledge = scene.knowledge;
     let vmi = knowledge.vmi(&step.namespace, &step.name).filter(|vmi| vmi.status.phase == "Running");
     let migration = knowledge.migrations.get(&ObjectRef::new(&migration_name(plan, at)).within(&step.namespace));
     let state = vmi.as_ref().and_then(|vmi| vmi.status.migration_state.clone()).filter(|state| state.completed);
@@ -119,7 +138,7 @@ fn facts_of(
         last: state.map(|state| (state.migration_uid, !state.failed)),
         outlook: vmi.map_or_else(
             || Err(Obstacle { reason: names::reason::NO_ANSWER, message: "it does not run".to_owned() }),
-            |vmi| Look::at(knowledge, vmi, moving, now).vm().outlook(),
+            |vmi| Look::at(scene, vmi).vm().outlook(),
         ),
     }
 }

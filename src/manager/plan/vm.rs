@@ -23,6 +23,8 @@ pub struct Vm<'a> {
     pub assessment: Assessment,
     /// A migration of it is under way.
     pub migrating: bool,
+    /// Why no other node can take it.
+    pub no_room: Option<String>,
 }
 
 /// Why a VM is not eligible.
@@ -49,6 +51,9 @@ impl Vm<'_> {
                 None => obstacle(reason::NO_ANSWER, "it is not running yet, or its place is not known"),
             };
         };
+        if let Some(why) = &self.no_room {
+            return obstacle(reason::NO_NODE, why);
+        }
         let forecast = match &self.assessment {
             Assessment::Known(forecast) => (**forecast).clone(),
             Assessment::Unknown(reason, message) => return obstacle(reason, message),
