@@ -203,8 +203,8 @@ impl Planner<'_> {
         let name = plan.name_any();
         let body = json!({
             "apiVersion": MigrationPlan::api_version(&()), "kind": MigrationPlan::kind(&()),
-            // Another plan of this name is none of ours.
-            "metadata": { "name": name, "uid": plan.uid() }, "status": status,
+            // Only on what was looked at: what two looks write in turn must not be steps of one and migrations of the other.
+            "metadata": { "name": name, "resourceVersion": plan.resource_version() }, "status": status,
         });
         let api: Api<MigrationPlan> = Api::all(self.client.clone());
         let parameters = PatchParams::apply(names::MANAGER).force();
@@ -212,6 +212,8 @@ impl Planner<'_> {
         self.manager.writer.count("plan", matches!(result, Ok(Ok(_))));
         match result {
             Ok(Ok(_)) => Ok(()),
+            // The watch shows what it is now, and it is looked at again.
+            Ok(Err(kube::Error::Api(status))) if status.is_conflict() => Ok(()),
             Ok(Err(error)) => Err(format!("cannot apply the status of MigrationPlan {name}: {error}")),
             Err(_) => Err(format!("cannot apply the status of MigrationPlan {name}: the API server did not answer")),
         }

@@ -125,7 +125,9 @@ fn facts_of(scene: &Scene<'_>, plan: &MigrationPlan, at: usize, step: &Step) -> 
     let migration = knowledge.migrations.get(&ObjectRef::new(&migration_name(plan, at)).within(&step.namespace));
     let state = vmi.as_ref().and_then(|vmi| vmi.status.migration_state.clone()).filter(|state| state.completed);
     let ours = |migration: &VirtualMachineInstanceMigration| {
-        plan.uid().is_some() && migration.labels().get(names::PLAN_LABEL) == plan.metadata.uid.as_ref()
+        migration.spec.vmi_name == step.name
+            && plan.uid().is_some()
+            && migration.labels().get(names::PLAN_LABEL) == plan.metadata.uid.as_ref()
     };
     Facts {
         vm: vmi.as_ref().map(|vmi| (vmi.uid().unwrap_or_default(), vmi.status.node_name.clone())),
