@@ -32,8 +32,11 @@ pub const OTHER_NODE: &str = "node-b";
 const SLACK: Duration = Duration::from_secs(60);
 
 /// Our own custom resources, as they are shipped.
-const CRDS: [&str; 2] =
-    [include_str!("../crds/migrationforecasts.migvisor.io.yaml"), include_str!("../crds/predictionpolicies.migvisor.io.yaml")];
+const CRDS: [&str; 3] = [
+    include_str!("../crds/migrationforecasts.migvisor.io.yaml"),
+    include_str!("../crds/migrationplans.migvisor.io.yaml"),
+    include_str!("../crds/predictionpolicies.migvisor.io.yaml"),
+];
 
 /// The guests, by namespace and name, and what became of their migrations.
 #[derive(Debug, Default)]

@@ -17,8 +17,8 @@ fn page(name: &str) -> PathBuf {
 fn help() -> String {
     let mut text = String::from(
         "# Command line\n\nWhat `migvisor help` prints. Written by `MIGVISOR_GENERATE=1 cargo test --test docs`: change src/cli, not this \
-         page.\n\nExit codes of `predict`, `replay` and `dry-run`: 0 converges, 1 borderline or fails, 2 error, 3 the VM cannot be judged now. The \
-         other commands: 0, or 2 after an error.\n",
+         page.\n\nExit codes of `predict`, `replay` and `dry-run`: 0 converges, 1 borderline or fails, 2 error, 3 the VM cannot be judged now. Of \
+         `plan`: 0 there is a plan, 1 there is none, 2 error. The other commands: 0, or 2 after an error.\n",
     );
     // The environment of whoever generates the page is nobody's business.
     let plain = |command: Command| command.mut_args(|arg| arg.hide_env_values(true)).term_width(120);

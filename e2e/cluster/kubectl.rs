@@ -107,7 +107,7 @@ impl ControlPlane {
     /// What a person would look at first when something in this namespace went wrong.
     pub async fn dump(&self, namespace: &str) -> String {
         let mut text = format!("state of the namespace {namespace}:\n");
-        for what in ["pods", "vmi", "vmim", "migrationforecasts", "events"] {
+        for what in ["pods", "vmi", "vmim", "migrationforecasts", "migrationplans", "events"] {
             let args = ["get", what, "-n", namespace, "-o", "wide", "--ignore-not-found"];
             let found = match self.kubectl(&args, "").await {
                 Ok(output) if !output.success => output.stderr,

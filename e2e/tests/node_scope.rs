@@ -10,13 +10,13 @@ use common::{NAMESPACE, SOON, event_in};
 use k8s_openapi::api::core::v1::Pod;
 use kube::{
     Api, Client, ResourceExt,
-    api::{DeleteParams, Patch, PatchParams, PostParams},
+    api::{DeleteParams, ListParams, Patch, PatchParams, PostParams},
 };
 use migvisor::{
     api::{
         MigrationForecast, MigrationForecastSpec, MigrationForecastStatus,
         dry_run::{DryRunPhase, DryRunStatus},
-        names::{AGENT, AGENT_DRY_RUN, AGENT_MIGRATION, MANAGER, NODE_LABEL, hint, reason},
+        names::{AGENT, AGENT_DRY_RUN, AGENT_MIGRATION, MANAGER, NODE_LABEL, PLAN_LABEL, hint, reason},
     },
     model::forecast::Verdict,
 };
@@ -211,7 +211,7 @@ impl Scene<'_> {
         let mut status = serde_json::to_value(status)?;
         let figures = json!({
             "probability": if fails { 0.0 } else { 1.0 }, "method": "PC", "iterations": 9, "convergenceTime": "3s", "totalTime": "3s",
-            "dirtiedPages": 9, "transferredBytes": 9,
+            "dirtiedPages": 9, "transferredBytes": 9, "downtime": if fails { Value::Null } else { json!("100ms") },
         });
         status.as_object_mut().context("no object")?.extend(figures.as_object().cloned().unwrap_or_default());
         apply(&self.agent, AGENT, "vm1", status).await?;
@@ -347,8 +347,26 @@ async fn story(plane: &ControlPlane) -> Result<()> {
     scene.that("has its outcome and tells of nothing", |it| told(it).is_none() && ended(it)).await?;
     event_in(plane, "MigrationForecastOutcome", "VirtualMachineInstanceMigration", "m1").await?;
 
-    println!("--- what a person asks for stands, whatever the manager writes");
+    println!("--- a plan is carried out");
     scene.answer(Verdict::Converges).await?;
+    let plan = json!({
+        "apiVersion": "migvisor.io/v1alpha1", "kind": "MigrationPlan", "metadata": { "name": "drain" },
+        "spec": { "sourceNode": "node-a", "want": "Everything", "execute": true },
+    });
+    plane.accepts(&plan.to_string()).await?;
+    let label = ListParams::default().labels(PLAN_LABEL);
+    let created = async || Ok(migrations.list(&label).await?.items.into_iter().next());
+    let planned = wait_for("the migration of the plan", SOON, created).await?.name_any();
+    let noted = async || {
+        let status = scene.kubectl(&["get", "mplan", "drain", "-o", "jsonpath={.status.migrations[*].name}"]).await?;
+        Ok((status == planned).then_some(()))
+    };
+    wait_for("the plan to tell of it", SOON, noted).await?;
+    scene.kubectl(&["delete", "mplan", "drain"]).await?;
+    migrations.delete(&planned, &DeleteParams::default()).await?;
+    scene.that("tells of no migration any more", |forecast| told(forecast).is_none()).await?;
+
+    println!("--- what a person asks for stands, whatever the manager writes");
     scene
         .kubectl(&["patch", "mf", "vm1", "--type=merge", "-p", r#"{"spec":{"dryRun":{"id":"by-hand","deadline":null}}}"#])
         .await?;

@@ -8,7 +8,7 @@ use k8s_openapi::jiff::Timestamp;
 use tokio::task::spawn_blocking;
 
 use super::{
-    answer::{self, Asked},
+    answer::Asked,
     jobs::Outcome,
     remedy,
     vm::{Seen, Vm},

@@ -140,7 +140,7 @@ fn host(host: &HostConstants) -> Result<model::HostConstants, QuestionError> {
 }
 
 /// What others said may be in a message, and they may say a lot: no more than this goes into an object.
-pub(super) fn shortened(message: String) -> String {
+pub(crate) fn shortened(message: String) -> String {
     const MOST: usize = 1000;
     match message.char_indices().nth(MOST) {
         Some((end, _)) => format!("{}…", message.get(..end).unwrap_or_default()),

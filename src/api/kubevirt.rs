@@ -65,8 +65,11 @@ pub struct VirtualMachineInstance {
 
 /// `spec` of a VirtualMachineInstance.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
-#[serde(default)]
+#[serde(default, rename_all = "camelCase")]
 pub struct VmiSpec {
+    /// Labels that its node has to have.
+    #[serde(deserialize_with = "lenient")]
+    pub node_selector: BTreeMap<String, String>,
     /// The machine.
     #[serde(deserialize_with = "lenient")]
     pub domain: Domain,
@@ -97,6 +100,15 @@ pub struct Cpu {
     /// Each has a processor of the host to itself.
     #[serde(deserialize_with = "lenient")]
     pub dedicated_cpu_placement: bool,
+    /// How many sockets; one when absent.
+    #[serde(deserialize_with = "lenient")]
+    pub sockets: Option<u64>,
+    /// Cores of each; one when absent.
+    #[serde(deserialize_with = "lenient")]
+    pub cores: Option<u64>,
+    /// Threads of each; one when absent.
+    #[serde(deserialize_with = "lenient")]
+    pub threads: Option<u64>,
 }
 
 /// `spec.domain.memory`.
@@ -319,6 +331,12 @@ pub struct MigrationConfiguration {
     /// Bytes per second; 0 is no cap.
     #[serde(deserialize_with = "lenient")]
     pub bandwidth_per_migration: Option<Quantity>,
+    /// So many run at the same time. Of the cluster's configuration only.
+    #[serde(deserialize_with = "lenient_u64", skip_serializing)]
+    pub parallel_migrations_per_cluster: Option<u64>,
+    /// So many leave one node at the same time. Of the cluster's configuration only.
+    #[serde(deserialize_with = "lenient_u64", skip_serializing)]
+    pub parallel_outbound_migrations_per_node: Option<u64>,
     /// Seconds per 10⁹ bytes; 0 switches the budget off.
     #[serde(rename = "completionTimeoutPerGiB", deserialize_with = "lenient_u64")]
     pub completion_timeout_per_gib: Option<u64>,

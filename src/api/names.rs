@@ -6,6 +6,9 @@ pub const PREFIX: &str = "migvisor.io/";
 /// On a MigrationForecast: the node whose agent answers it. Agents watch by this label.
 pub const NODE_LABEL: &str = "migvisor.io/node";
 
+/// On a VirtualMachineInstanceMigration: the UID of the MigrationPlan that it is a part of.
+pub const PLAN_LABEL: &str = "migvisor.io/plan";
+
 /// The manager's field manager: a forecast's metadata and `spec`, `status.outcome`, the conditions `Ready` and `DataStale`.
 pub const MANAGER: &str = "migvisor-manager";
 /// The agent's field manager for the answer: a forecast's status but for what the next two and the manager write.
@@ -98,6 +101,12 @@ pub mod reason {
     pub const NOT_MEASURED: &str = "NotMeasured";
     /// Block migration, migrated volumes, host devices, `sendTo`: outside the model.
     pub const OUTSIDE_MODEL: &str = "OutsideTheModel";
+    /// A plan: a migration of the VM is under way.
+    pub const MIGRATING: &str = "AlreadyMigrating";
+    /// A plan: there is no node that the VM could go to.
+    pub const NO_NODE: &str = "NoNode";
+    /// A plan: KubeVirt cannot migrate the VM at all.
+    pub const NOT_MIGRATABLE: &str = "NotLiveMigratable";
     /// The question itself cannot be read.
     pub const BAD_QUESTION: &str = "InvalidQuestion";
 }

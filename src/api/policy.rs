@@ -163,6 +163,16 @@ pub struct Selectors {
     pub virtual_machine_instance_selector: BTreeMap<String, String>,
 }
 
+impl Selectors {
+    /// Do the labels of a namespace and of a VM in it match both?
+    pub fn match_labels(&self, namespace: &BTreeMap<String, String>, vmi: &BTreeMap<String, String>) -> bool {
+        let matches = |selector: &BTreeMap<String, String>, labels: &BTreeMap<String, String>| {
+            selector.iter().all(|(key, value)| labels.get(key) == Some(value))
+        };
+        matches(&self.namespace_selector, namespace) && matches(&self.virtual_machine_instance_selector, vmi)
+    }
+}
+
 /// What is done about a migration that would not do: `Audit` nothing, `Warn` a warning, `Enforce` a denial or a hold.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
 pub enum Mode {
@@ -193,9 +203,6 @@ pub fn select<P: Selecting>(
     namespace_labels: &BTreeMap<String, String>,
     vmi_labels: &BTreeMap<String, String>,
 ) -> Option<Arc<P>> {
-    let matches = |selector: &BTreeMap<String, String>, labels: &BTreeMap<String, String>| {
-        selector.iter().all(|(key, value)| labels.get(key) == Some(value))
-    };
     policies
         .into_iter()
         .filter(|policy| policy.meta().deletion_timestamp.is_none())
@@ -203,7 +210,7 @@ pub fn select<P: Selecting>(
             let selectors = policy.selectors()?;
             let (of_namespace, of_vmi) = (&selectors.namespace_selector, &selectors.virtual_machine_instance_selector);
             let precedence = (of_vmi.len() + of_namespace.len(), of_vmi.len(), Reverse(policy.name_any()));
-            (matches(of_namespace, namespace_labels) && matches(of_vmi, vmi_labels)).then_some((precedence, policy))
+            selectors.match_labels(namespace_labels, vmi_labels).then_some((precedence, policy))
         })
         .max_by(|(a, _), (b, _)| a.cmp(b))
         .map(|(_, policy)| policy)

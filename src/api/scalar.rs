@@ -9,7 +9,7 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Number, Value};
 
-use crate::model::units::{Bandwidth, Bytes, BytesPerSecond, ParseQuantityError};
+use crate::model::units::{Bandwidth, Bytes, BytesPerSecond, MilliCpus, ParseQuantityError};
 
 /// A Kubernetes quantity: `100Mi`, `1Gi`, `5`. Kept as written; the conversions judge it.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
@@ -33,6 +33,14 @@ impl Quantity {
         self.0.parse()
     }
 
+    /// As processors.
+    ///
+    /// # Errors
+    /// It is no quantity, negative, or too large.
+    pub fn processors(&self) -> Result<MilliCpus, ParseQuantityError> {
+        self.0.parse()
+    }
+
     /// As a cap; 0 is none.
     ///
     /// # Errors
@@ -51,6 +59,12 @@ impl From<Bytes> for Quantity {
 impl From<BytesPerSecond> for Quantity {
     fn from(rate: BytesPerSecond) -> Self {
         Self(rate.to_string())
+    }
+}
+
+impl From<MilliCpus> for Quantity {
+    fn from(cpus: MilliCpus) -> Self {
+        Self(cpus.to_string())
     }
 }
 

@@ -18,6 +18,11 @@ pub(super) fn optional_count(_: &mut SchemaGenerator) -> Schema {
     json_schema!({ "type": "integer", "format": "int64", "minimum": 0, "nullable": true })
 }
 
+/// A finite number that is not negative.
+pub(super) fn amount(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({ "type": "number", "format": "double", "minimum": 0.0 })
+}
+
 /// A finite number that is not negative, may be absent.
 pub(super) fn optional_amount(_: &mut SchemaGenerator) -> Schema {
     json_schema!({ "type": "number", "format": "double", "minimum": 0.0, "nullable": true })
@@ -56,6 +61,36 @@ pub(super) fn optional_per_gigabyte(_: &mut SchemaGenerator) -> Schema {
 /// How many at once.
 pub(super) fn parallel(_: &mut SchemaGenerator) -> Schema {
     json_schema!({ "type": "integer", "format": "int64", "minimum": 1, "maximum": 16 })
+}
+
+/// As [`parallel`], may be absent.
+pub(super) fn optional_parallel(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({ "type": "integer", "format": "int64", "minimum": 1, "maximum": 16, "nullable": true })
+}
+
+/// A bandwidth, may be absent.
+pub(super) fn optional_rate(_: &mut SchemaGenerator) -> Schema {
+    quantity(
+        "quantity(string(self)).compareTo(quantity('64Ki')) >= 0 && quantity(string(self)).compareTo(quantity('1Ti')) <= 0",
+        "it has to be between 64Ki and 1Ti bytes per second, such as 100Mi",
+    )
+}
+
+/// An amount of memory or of processors that is more than none, may be absent.
+pub(super) fn optional_positive(_: &mut SchemaGenerator) -> Schema {
+    quantity(
+        "quantity(string(self)).compareTo(quantity('0')) > 0",
+        "it has to be more than 0, such as 8Gi of memory or 4 processors",
+    )
+}
+
+/// A quantity under a rule.
+fn quantity(rule: &str, message: &str) -> Schema {
+    let rule = format!("isQuantity(string(self)) && {rule}");
+    json_schema!({
+        "x-kubernetes-int-or-string": true,
+        "x-kubernetes-validations": [{ "rule": rule, "message": message }],
+    })
 }
 
 /// How long something may run, 1s to 24h, may be absent.

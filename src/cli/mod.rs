@@ -13,6 +13,7 @@ pub mod controller;
 pub mod crd;
 pub mod dry_run;
 mod output;
+pub mod plan;
 pub mod predict;
 mod question;
 pub mod replay;
@@ -47,6 +48,8 @@ enum Command {
     Replay(replay::ReplayArgs),
     /// Have a running QEMU execute a migration to nowhere, and count. The guest is not stopped.
     DryRun(dry_run::DryRunArgs),
+    /// Plan which VMs of a cluster to move, in which order and how many at a time, from the forecasts there.
+    Plan(plan::PlanArgs),
     /// Answer the questions about the VMs of one node; runs on each.
     Agent(agent::AgentArgs),
     /// Keep the questions, learn from outcomes, serve admission; runs in a few replicas.
@@ -63,6 +66,7 @@ impl Cli {
             Command::Collect(args) => collect::run(args).await,
             Command::Replay(args) => replay::run(&args),
             Command::DryRun(args) => Box::pin(dry_run::run(args)).await,
+            Command::Plan(args) => Box::pin(plan::run(args)).await,
             Command::Agent(args) => Box::pin(agent::run(args)).await.map(|()| ExitCode::SUCCESS).map_err(Into::into),
             Command::Controller(args) => Box::pin(controller::run(args)).await.map(|()| ExitCode::SUCCESS).map_err(Into::into),
             Command::Crd => crd::run().map(|()| ExitCode::SUCCESS).map_err(Into::into),

@@ -23,7 +23,7 @@ use super::{
 use crate::api::{MigrationForecast, kubevirt::VirtualMachineInstanceMigration, names};
 
 /// An API server that takes longer is treated as one that is away.
-const PATIENCE: Duration = Duration::from_secs(15);
+pub(super) const PATIENCE: Duration = Duration::from_secs(15);
 
 /// What an event can carry, in bytes.
 const NOTE: usize = 1000;
@@ -169,7 +169,8 @@ impl Writer {
         result
     }
 
-    fn count(&self, label: &str, worked: bool) {
+    /// Counts a write, by what was written and whether it went well.
+    pub(super) fn count(&self, label: &str, worked: bool) {
         self.metrics.writes.with_label_values(&[label, if worked { "success" } else { "failure" }]).inc();
     }
 }

@@ -190,9 +190,12 @@ impl Knowledge {
     /// KubeVirt's configuration as it would reach a migration of this VM.
     pub fn effective(&self, vmi: &VirtualMachineInstance) -> Effective {
         let migration_policy = policy::select(self.migration_policies.state(), &self.namespace_labels(vmi), vmi.labels());
-        // KubeVirt allows one; where there are more, every replica takes the same.
-        let kubevirt = self.kubevirts.state().into_iter().min_by_key(|kubevirt| (kubevirt.namespace(), kubevirt.name_any()));
-        question::effective(kubevirt.as_deref(), migration_policy.as_deref())
+        question::effective(self.kubevirt().as_deref(), migration_policy.as_deref())
+    }
+
+    /// KubeVirt's configuration. KubeVirt allows one; where there are more, every replica takes the same.
+    pub fn kubevirt(&self) -> Option<Arc<KubeVirt>> {
+        self.kubevirts.state().into_iter().min_by_key(|kubevirt| (kubevirt.namespace(), kubevirt.name_any()))
     }
 
     /// What should be asked about a VM now.
@@ -293,7 +296,8 @@ impl Knowledge {
         if u64::try_from(held).is_ok_and(|held| held < limits.at_once) { Room::Free } else { Room::Full }
     }
 
-    fn namespace_labels(&self, vmi: &VirtualMachineInstance) -> BTreeMap<String, String> {
+    /// The labels of a VM's namespace.
+    pub fn namespace_labels(&self, vmi: &VirtualMachineInstance) -> BTreeMap<String, String> {
         let name = vmi.metadata.namespace.as_deref().unwrap_or_default();
         self.namespaces.get(&ObjectRef::new(name)).map(|namespace| namespace.labels().clone()).unwrap_or_default()
     }

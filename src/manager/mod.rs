@@ -15,6 +15,7 @@
 //! | [`observe`] | pure: from what is known to what should be written |
 //! | `gate` | carries out what is to become of held migrations |
 //! | `apply` | writes |
+//! | [`plan`] | makes plans of many migrations, and carries them out |
 //! | `queue` | which VM is looked at next |
 
 mod apply;
@@ -24,6 +25,7 @@ pub mod hold;
 pub mod knowledge;
 pub mod metrics;
 pub mod observe;
+pub mod plan;
 pub mod question;
 mod queue;
 pub mod watch;
@@ -112,6 +114,7 @@ pub async fn run(
     tokio::select! {
         () = watch::all(&client, feeds, &metrics, &sender) => {}
         () = work(&manager, &options, changes) => {}
+        () = plan::planner::run(&client, &manager) => {}
         () = shutdown => {}
     }
     if manager.leading.load(Ordering::Relaxed) {

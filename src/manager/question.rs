@@ -26,6 +26,10 @@ use crate::{
 /// QEMU's default, which KubeVirt leaves alone unless its gate `MigrationStallDetection` is on.
 const DOWNTIME_LIMIT: Duration = Duration::from_millis(300);
 
+/// KubeVirt's defaults (`virt-config.go`).
+const OUTBOUND_PER_NODE: usize = 2;
+const PER_CLUSTER: usize = 5;
+
 const MIB: u64 = 1 << 20;
 
 /// KubeVirt's configuration as it would reach a migration of one VM.
@@ -83,6 +87,27 @@ pub fn effective(cluster: Option<&KubeVirt>, policy: Option<&MigrationPolicy>) -
             Some(experimental) if experimental.compression == "zstd" => Compression::Zstd,
             _ => Compression::None,
         },
+    }
+}
+
+/// How many migrations KubeVirt lets run at the same time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// `parallelOutboundMigrationsPerNode`.
+    pub per_node: usize,
+    /// `parallelMigrationsPerCluster`.
+    pub at_once: usize,
+}
+
+/// The limits of the cluster, KubeVirt's defaults where nothing is configured.
+pub fn limits(cluster: Option<&KubeVirt>) -> Limits {
+    let configured = cluster.map(|kubevirt| &kubevirt.spec.configuration.migrations);
+    let number = |of: fn(&MigrationConfiguration) -> Option<u64>, default| {
+        configured.and_then(of).map_or(default, |number| usize::try_from(number).unwrap_or(usize::MAX))
+    };
+    Limits {
+        per_node: number(|it| it.parallel_outbound_migrations_per_node, OUTBOUND_PER_NODE),
+        at_once: number(|it| it.parallel_migrations_per_cluster, PER_CLUSTER),
     }
 }
 
@@ -159,7 +184,7 @@ fn offered(effective: &Effective, policy: Option<&PredictionPolicy>) -> (Quantit
 }
 
 /// `spec.domain.memory.guest`, else what the pod requests: what KubeVirt's budget counts, too.
-fn guest_memory(vmi: &VirtualMachineInstance) -> Option<Bytes> {
+pub(super) fn guest_memory(vmi: &VirtualMachineInstance) -> Option<Bytes> {
     let quantity = vmi.spec.domain.memory.guest.as_ref().or_else(|| vmi.spec.domain.resources.requests.get("memory"))?;
     quantity.bytes().ok().filter(|bytes| bytes.0 > 0)
 }

@@ -23,8 +23,9 @@ use tracing::warn;
 
 use super::{hold, knowledge::Feeds, metrics::ManagerMetrics};
 use crate::api::{
-    MigrationForecast, MigrationOverride, PredictionPolicy,
+    MigrationForecast, MigrationOverride, MigrationPlan, PredictionPolicy,
     kubevirt::{KubeVirt, MigrationPolicy, VirtualMachineInstance, VirtualMachineInstanceMigration},
+    node::Node,
 };
 
 /// A VM, by namespace and name.
@@ -80,6 +81,21 @@ pub(super) async fn all(client: &Client, feeds: Feeds, metrics: &ManagerMetrics,
         watch.kind(Api::<DeserializeGuard<MigrationPolicy>>::all(client.clone()), migration_policies, |_| Change::All),
         watch.kind(Api::<DeserializeGuard<KubeVirt>>::all(client.clone()), kubevirts, |_| Change::All),
         watch.kind(Api::<DeserializeGuard<Namespace>>::all(client.clone()), namespaces, |_| Change::All),
+    );
+}
+
+/// Watches what concerns plans alone, for ever. A change names the plan; one of a node, which tells of itself all the time, names none.
+pub(super) async fn for_plans(
+    client: &Client,
+    plans: Writer<MigrationPlan>,
+    nodes: Writer<Node>,
+    metrics: &ManagerMetrics,
+    changes: &UnboundedSender<Change>,
+) {
+    let watch = Watch { metrics, changes };
+    tokio::join!(
+        watch.kind(Api::<DeserializeGuard<MigrationPlan>>::all(client.clone()), plans, |plan| one(None, plan.name_any())),
+        watch.kind(Api::<DeserializeGuard<Node>>::all(client.clone()), nodes, |_| one(None, String::new())),
     );
 }
 

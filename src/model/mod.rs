@@ -8,6 +8,7 @@ pub mod forecast;
 pub mod kubevirt;
 pub mod lcb;
 pub mod pattern;
+pub mod plan;
 pub mod predict;
 pub mod remedy;
 pub mod replay;

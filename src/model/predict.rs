@@ -26,7 +26,7 @@ const PROFILE_POINTS: u32 = 16;
 /// Points of the published curve.
 const CURVE_POINTS: usize = 32;
 /// From this probability on a migration is said to converge, ...
-const CONVERGES_FROM: f64 = 0.9;
+pub(super) const CONVERGES_FROM: f64 = 0.9;
 /// ... and up to this one to fail.
 const FAILS_UP_TO: f64 = 0.1;
 /// What a host adds that no pattern shows: this share of a time, either way, ...
@@ -199,7 +199,7 @@ pub fn verdict(probability: f64, sla_exceeded: bool) -> Verdict {
     }
 }
 
-/// Does it break the SLA?
+/// Is either limit of the SLA exceeded?
 pub(super) fn exceeds(question: &Question, total_ms: f64, downtime_ms: Option<f64>) -> bool {
     let over = |limit: Option<Duration>, value: f64| limit.is_some_and(|limit| value > milliseconds(limit));
     over(question.sla.total_time, total_ms) || downtime_ms.is_some_and(|downtime| over(question.sla.downtime, downtime))
@@ -264,6 +264,7 @@ pub(super) fn quantile(sorted: &[f64], share: f64) -> f64 {
     }
 }
 
+/// The unit of the replay.
 pub(super) fn milliseconds(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1000.0
 }

@@ -17,6 +17,11 @@ pub const FASTEST: BytesPerSecond = BytesPerSecond(1 << 40);
 #[serde(transparent)]
 pub struct Bytes(pub u64);
 
+/// Thousandths of a processor, as Kubernetes counts (`1500m`).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct MilliCpus(pub u64);
+
 /// A rate in bytes per second. Where a limit is meant, see [`Bandwidth`].
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
@@ -32,7 +37,7 @@ pub enum Bandwidth {
 }
 
 /// Why a text is no quantity.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[derive(Debug, Clone, thiserror::Error, PartialEq, Eq)]
 #[error("`{text}` is not {what}: {hint}")]
 pub struct ParseQuantityError {
     text: String,
@@ -56,8 +61,13 @@ const SUFFIXES: [(&str, f64); 13] = [
     ("E", 1e18),
 ];
 
-/// Reads a Kubernetes quantity as a whole number of bytes, rounded up as Kubernetes' `Value()` does.
+/// Reads a Kubernetes quantity as a whole number, rounded up as Kubernetes' `Value()` does.
 fn parse_quantity(text: &str, what: &'static str) -> Result<u64, ParseQuantityError> {
+    parse_scaled(text, 1.0, what)
+}
+
+/// The same, in units of which `scale` make one.
+fn parse_scaled(text: &str, scale: f64, what: &'static str) -> Result<u64, ParseQuantityError> {
     let error = |hint| ParseQuantityError { text: text.to_owned(), what, hint };
     let trimmed = text.trim();
     // A plain number first: `1e3` and `1E3` are exponents, not exa.
@@ -67,9 +77,9 @@ fn parse_quantity(text: &str, what: &'static str) -> Result<u64, ParseQuantityEr
             .iter()
             .find_map(|(suffix, factor)| trimmed.strip_suffix(suffix).map(|n| (n, *factor)))
             .and_then(|(n, factor)| n.parse::<f64>().ok().map(|n| (n, factor)))
-            .ok_or_else(|| error("write a number with a suffix, such as 100Mi or 1Gi"))?,
+            .ok_or_else(|| error("write a number, with a suffix such as Mi or Gi where it needs one"))?,
     };
-    let value = (number * factor).ceil();
+    let value = (number * factor * scale).ceil();
     if !value.is_finite() || number.is_sign_negative() && number != 0.0 {
         return Err(error("it has to be finite and not negative"));
     }
@@ -170,6 +180,19 @@ impl FromStr for Bandwidth {
     }
 }
 
+impl FromStr for MilliCpus {
+    type Err = ParseQuantityError;
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        parse_scaled(text, 1000.0, "a number of processors").map(Self)
+    }
+}
+
+impl fmt::Display for MilliCpus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0.is_multiple_of(1000) { write!(f, "{}", self.0 / 1000) } else { write!(f, "{}m", self.0) }
+    }
+}
+
 impl fmt::Display for Bytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write_quantity(f, self.0)
@@ -211,6 +234,17 @@ mod tests {
             let error = text.parse::<Bandwidth>().unwrap_err().to_string();
             assert!(error.contains("is not a bandwidth"), "{text}: {error}");
         }
+    }
+
+    #[test]
+    fn processors_are_thousandths() {
+        for (text, milli, written) in
+            [("4", 4000, "4"), ("1500m", 1500, "1500m"), ("0.1", 100, "100m"), ("0", 0, "0"), ("2k", 2_000_000, "2000")]
+        {
+            assert_eq!(text.parse(), Ok(MilliCpus(milli)), "{text}");
+            assert_eq!(MilliCpus(milli).to_string(), written);
+        }
+        assert!("many".parse::<MilliCpus>().is_err());
     }
 
     #[test]

@@ -25,6 +25,12 @@ pub fn policy(mode: &str) -> String {
         .to_string()
 }
 
+/// A plan.
+pub fn plan(name: &str, spec: &Value) -> String {
+    json!({ "apiVersion": "migvisor.io/v1alpha1", "kind": "MigrationPlan", "metadata": { "name": name }, "spec": spec })
+        .to_string()
+}
+
 /// A migration of this VM with these annotations.
 pub fn migration(name: &str, vmi: &str, annotations: &Value) -> String {
     let mut manifest = vmim_manifest(NAMESPACE, name, vmi);
