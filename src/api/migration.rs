@@ -71,6 +71,11 @@ impl MigrationForecast {
         let running = annotations.get(hint::PHASE).is_some_and(|phase| phase == HintPhase::Running.as_str());
         Some(Hint { migration_uid, phase: if running { HintPhase::Running } else { HintPhase::Pending } })
     }
+
+    /// Fingerprint of the VM's spec, as the manager tells it.
+    pub fn vmi_spec(&self) -> Option<&str> {
+        self.metadata.annotations.as_ref()?.get(hint::VMI_SPEC).map(String::as_str)
+    }
 }
 
 /// A migration that runs now, as QEMU tells of it (`query-migrate`; through libvirt `virDomainGetJobStats`). Written at most once a second.

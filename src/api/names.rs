@@ -6,6 +6,10 @@ pub const PREFIX: &str = "migvisor.io/";
 /// On a MigrationForecast: the node whose agent answers it. Agents watch by this label.
 pub const NODE_LABEL: &str = "migvisor.io/node";
 
+/// The Lease of the manager that writes, in the controllers' namespace. Agents read it: where nobody renews it, nobody would tell them of a
+/// migration either.
+pub const LEASE: &str = "migvisor-controller";
+
 /// The manager's field manager: a forecast's metadata and `spec`, `status.outcome`, the conditions `Ready` and `DataStale`.
 pub const MANAGER: &str = "migvisor-manager";
 /// The agent's field manager for the answer: a forecast's status but for what the next two and the manager write.
@@ -16,7 +20,8 @@ pub const AGENT_DRY_RUN: &str = "migvisor-agent-dry-run";
 /// The agent's field manager for `status.inFlight` and `status.lastMigration`, for the same reason.
 pub const AGENT_MIGRATION: &str = "migvisor-agent-migration";
 
-/// Annotations on a MigrationForecast by which the manager tells the agent of a migration of the VM that is not final.
+/// Annotations on a MigrationForecast by which the manager tells the agent what happens to the VM: a migration that is not final, another
+/// spec.
 ///
 /// Annotations, because they are neither part of the question nor an answer: the spec would get a new generation, and whoever
 /// waits for `status.observedGeneration` would wait for an answer that says the same; the status is the agent's.
@@ -25,6 +30,9 @@ pub mod hint {
     pub const MIGRATION: &str = "migvisor.io/migration";
     /// `Pending` until memory moves, then `Running`.
     pub const PHASE: &str = "migvisor.io/migration-phase";
+    /// Fingerprint of the VirtualMachineInstance's spec. Where it changes, something may have to be plugged in, which QEMU refuses during a dry
+    /// run. Not the generation: a VMI has no status subresource, so that grows with every write of its status.
+    pub const VMI_SPEC: &str = "migvisor.io/vmi-spec";
 }
 
 /// Annotations on a VirtualMachineInstanceMigration: plain numbers, times in ms, bandwidths in bytes per second.

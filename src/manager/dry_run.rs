@@ -4,10 +4,10 @@
 //! writes as `spec.dryRun` or takes away. What somebody else asks for is left alone until it has been answered and that answer is stale.
 //!
 //! ```text
-//! no policy for it, a migration under way, outside the model, another question ──▶ Nothing (ours is withdrawn)
-//! ours stands: waiting, running, or answered not long ago ──────────────────────▶ Run (the same)
-//! somebody else's stands, or this question was tried out not long ago ──────────▶ Nothing
-//! a fresh answer from the pattern says Fails or Borderline ─────────────────────▶ Run (a new one), or Queue while its node is busy
+//! no policy for it, a migration or hotplug under way, outside the model, another question ──▶ Nothing (ours is withdrawn)
+//! ours stands: waiting, running, or answered not long ago ─────────────────────────────────▶ Run (the same)
+//! somebody else's stands, or this question was tried out not long ago ─────────────────────▶ Nothing
+//! a fresh answer from the pattern says Fails or Borderline ────────────────────────────────▶ Run (a new one), or Queue while its node is busy
 //! ```
 
 use k8s_openapi::jiff::Timestamp;
@@ -65,8 +65,8 @@ pub struct Case<'a> {
     pub stored: Option<&'a MigrationForecast>,
     /// How a migration would be carried.
     pub carriage: Carriage,
-    /// A migration of the VM is under way that nobody holds.
-    pub in_flight: bool,
+    /// A migration of the VM is under way, or something is being plugged in or out: QEMU does neither during a dry run.
+    pub occupied: bool,
     /// Now.
     pub now: Timestamp,
 }
@@ -105,7 +105,7 @@ pub fn wish(case: &Case<'_>, busy: impl FnOnce() -> u64) -> Wish {
     let (Some(policy), Some(stored)) = (case.policy.filter(|policy| policy.mode == DryRunMode::OnDoubt), case.stored) else {
         return Wish::Nothing;
     };
-    if case.in_flight || case.present.outside_model.is_some() {
+    if case.occupied || case.present.outside_model.is_some() {
         return Wish::Nothing;
     }
     let question = case.present.fingerprint();

@@ -50,7 +50,7 @@ fn wished(stored: &MigrationForecast) -> Wish {
         present: &present,
         stored: Some(stored),
         carriage: carriage(),
-        in_flight: false,
+        occupied: false,
         now: now(),
     };
     wish(&case, || 0)
@@ -149,14 +149,8 @@ fn it_is_withdrawn_with_what_it_rested_on() {
     let asked = asked(&Value::Null);
     let (doubt, never) = (policy(DryRunMode::OnDoubt), policy(DryRunMode::Never));
     let present = question(&json!({}));
-    let good = Case {
-        policy: Some(&doubt),
-        present: &present,
-        stored: Some(&asked),
-        carriage: carriage(),
-        in_flight: false,
-        now: now(),
-    };
+    let good =
+        Case { policy: Some(&doubt), present: &present, stored: Some(&asked), carriage: carriage(), occupied: false, now: now() };
     assert!(matches!(wish(&good, || 99), Wish::Run(_)), "what stands needs no room");
     let moved = question(&json!({ "nodeName": "node-2" }));
     let wider = question(&json!({ "bandwidth": "1Gi" }));
@@ -164,7 +158,7 @@ fn it_is_withdrawn_with_what_it_rested_on() {
     for (why, case) in [
         ("no policy", Case { policy: None, ..good }),
         ("never", Case { policy: Some(&never), ..good }),
-        ("a migration is under way", Case { in_flight: true, ..good }),
+        ("a migration or a hotplug is under way", Case { occupied: true, ..good }),
         ("it moved", Case { present: &moved, ..good }),
         ("another bandwidth", Case { present: &wider, ..good }),
         ("outside the model", Case { present: &outside, ..good }),
@@ -201,7 +195,7 @@ fn a_node_has_so_many_at_a_time() {
         present: &present,
         stored: Some(&stored),
         carriage: carriage(),
-        in_flight: false,
+        occupied: false,
         now: now(),
     };
     assert!(matches!(wish(&case, || 1), Wish::Run(_)));
@@ -239,4 +233,20 @@ fn pages_are_carried_as_kubevirt_would() {
     ] {
         assert_eq!(of(domain.clone()), Carriage::default(), "{domain}");
     }
+}
+
+#[test]
+fn a_volume_on_its_way_is_a_hotplug() {
+    let of = |volumes: Value| {
+        let vmi: VirtualMachineInstance = serde_json::from_value(json!({ "status": { "volumeStatus": volumes } })).unwrap();
+        vmi.is_hotplugging()
+    };
+    let plugged =
+        |phase: &str| json!([{ "name": "root" }, { "name": "data", "phase": phase, "hotplugVolume": { "attachPodName": "hp" } }]);
+    for phase in ["Pending", "Bound", "AttachedToNode", "MountedToPod", "Detaching", "UnMountedFromPod", ""] {
+        assert!(of(plugged(phase)), "{phase}");
+    }
+    assert!(
+        !of(plugged("Ready")) && !of(json!([{ "name": "root", "phase": "Pending" }])) && !of(json!("odd")) && !of(Value::Null)
+    );
 }

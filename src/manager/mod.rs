@@ -220,8 +220,8 @@ impl Manager {
                     return Ok(Some(left));
                 }
                 let hint = Hint::of(&migrations);
-                let in_flight = hint.is_some() || vmi.is_migrating();
-                match self.knowledge.dry_run(&vmi, policy.as_deref(), &spec, in_flight, Timestamp::now()) {
+                let occupied = hint.is_some() || vmi.is_migrating() || vmi.is_hotplugging();
+                match self.knowledge.dry_run(&vmi, policy.as_deref(), &spec, occupied, Timestamp::now()) {
                     Wish::Run(dry_run) => spec.dry_run = Some(dry_run),
                     Wish::Queue => queued = true,
                     Wish::Nothing => {}
