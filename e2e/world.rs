@@ -16,7 +16,7 @@ use kube::Api;
 use migvisor::{api::MigrationForecast, model::forecast::HostConstants, qemu::migration};
 use nix::sys::signal::Signal;
 use rustls::pki_types::{CertificateDer, pem::PemObject};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::{
     cluster::{ControlPlane, Process, WebhookCertificate, free_port},
@@ -30,13 +30,6 @@ pub const NODE: &str = "node-a";
 pub const OTHER_NODE: &str = "node-b";
 /// KubeVirt's part keeps the clock; the laboratory's own budget only has to be longer.
 const SLACK: Duration = Duration::from_secs(60);
-
-/// Our own custom resources, as they are shipped.
-const CRDS: [&str; 3] = [
-    include_str!("../crds/migrationforecasts.migvisor.io.yaml"),
-    include_str!("../crds/migrationplans.migvisor.io.yaml"),
-    include_str!("../crds/predictionpolicies.migvisor.io.yaml"),
-];
 
 /// The guests, by namespace and name, and what became of their migrations.
 #[derive(Debug, Default)]
@@ -142,11 +135,12 @@ pub struct World {
 impl World {
     /// A control plane with everybody's kinds, two nodes, and KubeVirt's part with this configuration
     /// (`spec.configuration.migrations`). Nothing of the product runs yet.
-    pub async fn start(migrations: serde_json::Value) -> Result<Self> {
+    pub async fn start(migrations: Value) -> Result<Self> {
         let plane = ControlPlane::start().await?;
         let client = plane.client()?;
         kubevirt::install_crds(&client).await?;
-        objects::install(&client, &CRDS).await?;
+        let ours: Vec<_> = migvisor::cli::crd::documents()?.into_iter().map(|(_, yaml)| yaml).collect();
+        objects::install(&client, &ours.iter().map(String::as_str).collect::<Vec<_>>()).await?;
         for node in [NODE, OTHER_NODE] {
             objects::create_node(&client, node).await?;
         }
@@ -228,14 +222,23 @@ impl World {
         self.guests.take(&(namespace.to_owned(), name.to_owned()))
     }
 
-    /// What a guest's QEMU has set for migrations, by the laboratory's own monitor: parameters and capabilities.
-    pub async fn migration_settings(&self, namespace: &str, name: &str) -> Result<(serde_json::Value, serde_json::Value)> {
-        let key = (namespace.to_owned(), name.to_owned());
-        let mut vm = self.guests.take(&key)?;
-        let parameters = vm.lab().execute("query-migrate-parameters", serde_json::Value::Null).await;
-        let capabilities = vm.lab().execute("query-migrate-capabilities", serde_json::Value::Null).await;
-        self.guests.put(&key, vm);
-        Ok((parameters?, capabilities?))
+    /// Puts it back.
+    pub fn put(&self, namespace: &str, name: &str, vm: Vm) {
+        self.guests.put(&(namespace.to_owned(), name.to_owned()), vm);
+    }
+
+    /// Asks a guest's QEMU, by the laboratory's own monitor.
+    pub async fn ask_qemu(&self, namespace: &str, name: &str, command: &str, arguments: Value) -> Result<Value> {
+        let mut vm = self.take(namespace, name)?;
+        let reply = vm.lab().execute(command, arguments).await;
+        self.put(namespace, name, vm);
+        Ok(reply?)
+    }
+
+    /// What a guest's QEMU has set for migrations: parameters and capabilities.
+    pub async fn migration_settings(&self, namespace: &str, name: &str) -> Result<(Value, Value)> {
+        let parameters = self.ask_qemu(namespace, name, "query-migrate-parameters", Value::Null).await?;
+        Ok((parameters, self.ask_qemu(namespace, name, "query-migrate-capabilities", Value::Null).await?))
     }
 
     /// What became of a guest's migration: the truth, as QEMU told it.

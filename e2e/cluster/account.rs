@@ -63,8 +63,8 @@ impl ControlPlane {
     pub async fn install_base(&self) -> Result<()> {
         let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("../config/base");
         self.kubectl(&["apply", "--server-side", "-k", &base.to_string_lossy()], "").await?.ok()?;
-        let kinds = ["migrationforecasts", "migrationplans", "predictionpolicies"].map(|kind| format!("crd/{kind}.migvisor.io"));
-        let kinds = kinds.each_ref().map(String::as_str);
+        let kinds: Vec<_> = migvisor::api::crds().iter().map(|crd| format!("crd/{}", crd.name_any())).collect();
+        let kinds: Vec<_> = kinds.iter().map(String::as_str).collect();
         let wait = ["wait", "--for=condition=Established", "--timeout=30s"];
         self.kubectl(&[&wait[..], &kinds[..]].concat(), "").await?.ok().map(drop)
     }

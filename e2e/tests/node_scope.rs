@@ -306,7 +306,7 @@ async fn story(plane: &ControlPlane) -> Result<()> {
     running_vmi(&admin, NAMESPACE, "vm1", "node-a", "512Mi").await?;
     let sockets = plane.directory().join("qmp");
     std::fs::create_dir(&sockets)?;
-    let options = ["--node", "node-a", "--qmp-dir", &sockets.to_string_lossy()];
+    let options = ["--node", "node-a", "--qmp-dir", &sockets.to_string_lossy(), "--lease-namespace", "migvisor-system"];
     let account = plane.account("migvisor-agent", Some(("agent", "node-a"))).await?;
     let mut agent = start(plane, "agent", &account, &format!("127.0.0.1:{}", free_port()?), &options).await?;
     let tester = plane.account("migvisor-agent", Some(("tester", "node-a"))).await?.client().await?;
@@ -314,9 +314,18 @@ async fn story(plane: &ControlPlane) -> Result<()> {
     scene
         .that("is answered", |forecast| forecast.answer().is_some_and(|answer| answer.verdict == Some(Verdict::Unknown)))
         .await?;
+    // Before a dry run it looks whether a controller is there; then there is nothing to dry-run.
+    let by_hand = |dry_run: Value| json!({ "spec": { "dryRun": dry_run } }).to_string();
+    let patch = ["patch", "mf", "vm1", "--type=merge", "-p"];
+    scene.kubectl(&[&patch[..], &[&by_hand(json!({ "id": "first" }))]].concat()).await?;
+    let tried = |forecast: &MigrationForecast| forecast.status.as_ref().and_then(|status| status.dry_run.clone());
+    scene.that("has its dry run behind it", |forecast| tried(forecast).is_some_and(|run| run.phase.is_final())).await?;
     agent.still_runs()?;
     exactly(plane, "migvisor-agent", "agent").await?;
     agent.stop(Duration::from_secs(10)).await?;
+    scene.kubectl(&[&patch[..], &[&by_hand(Value::Null)]].concat()).await?;
+    apply(&scene.agent, AGENT_DRY_RUN, "vm1", json!({})).await?;
+    scene.that("knows of no dry run", |forecast| tried(forecast).is_none()).await?;
 
     // From here on the test is the agent of node-a, with a token like its.
     println!("--- a doubt is tried out, and a migration withdraws that");

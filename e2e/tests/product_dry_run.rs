@@ -6,9 +6,9 @@ mod common;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use common::{NAMESPACE, SOON, forecast_that, migration, policy};
+use common::{NAMESPACE, SOON, ask, ended, migration, policy, running, status_that};
 use migvisor::{
-    api::{MigrationForecast, MigrationForecastStatus, dry_run::DryRunPhase},
+    api::{MigrationForecastStatus, dry_run::DryRunPhase},
     model::forecast::{HostConstants, Method, Verdict},
 };
 use migvisor_e2e::{
@@ -39,10 +39,7 @@ async fn asked_for_answered_withdrawn_and_read_along() -> Result<()> {
     println!("--- asked for: run, told, and the answer is the dry run's");
     let before = world.migration_settings(NAMESPACE, "wild").await?;
     ask(&world, "wild", &json!({ "id": "by-hand" })).await?;
-    let running = |status: &MigrationForecastStatus| {
-        status.dry_run.as_ref().is_some_and(|run| run.phase == DryRunPhase::Running && run.iteration.is_some_and(|i| i > 0))
-    };
-    let seen = status_that(&world, "wild", "is on its way", SOON, running).await?;
+    let seen = status_that(&world, "wild", "is on its way", SOON, |status| running(status, "by-hand")).await?;
     ensure!(seen.verdict == Some(Verdict::Fails) && seen.method == Some(Method::PatternCollector), "the answer stands: {seen:?}");
     let answered = status_that(&world, "wild", "is answered", 3 * SOON, |status| {
         ended(status, "by-hand").is_some() && status.method == Some(Method::DryRun)
@@ -61,10 +58,7 @@ async fn asked_for_answered_withdrawn_and_read_along() -> Result<()> {
 
     println!("--- withdrawn: cancelled");
     ask(&world, "wild", &json!({ "id": "second", "deadline": null })).await?;
-    status_that(&world, "wild", "is on its way", SOON, |status| {
-        running(status) && status.dry_run.as_ref().is_some_and(|run| run.id == "second")
-    })
-    .await?;
+    status_that(&world, "wild", "is on its way", SOON, |status| running(status, "second")).await?;
     ask(&world, "wild", &Value::Null).await?;
     let withdrawn = status_that(&world, "wild", "has ended", SOON, |status| ended(status, "second").is_some()).await?;
     ensure!(ended(&withdrawn, "second").is_some_and(|run| run.phase == DryRunPhase::Cancelled), "{:?}", withdrawn.dry_run);
@@ -93,27 +87,4 @@ async fn asked_for_answered_withdrawn_and_read_along() -> Result<()> {
     ensure!(last.pages == truth.pages && last.zero_pages == truth.zero_pages && last.syncs == truth.syncs, "{last:?}, {truth:?}");
     ensure!(last.total_time.0.as_millis() == u128::from(truth.total_ms), "{last:?}, {truth:?}");
     Ok(())
-}
-
-/// Asks for a dry run (`null`: for none any more) as a person would.
-async fn ask(world: &World, vm: &str, dry_run: &Value) -> Result<()> {
-    let patch = json!({ "spec": { "dryRun": dry_run } }).to_string();
-    let args = ["patch", "migrationforecast", vm, "-n", NAMESPACE, "--type=merge", "-p", &patch];
-    world.plane().kubectl(&args, "").await?.ok().map(drop)
-}
-
-async fn status_that(
-    world: &World,
-    vm: &str,
-    what: &str,
-    deadline: Duration,
-    holds: impl Fn(&MigrationForecastStatus) -> bool,
-) -> Result<MigrationForecastStatus> {
-    let has = |forecast: &MigrationForecast| forecast.status.as_ref().is_some_and(&holds);
-    forecast_that(world, vm, what, deadline, has).await?.status.context("it has one")
-}
-
-/// The dry run of this id, once nothing more comes of it.
-fn ended(status: &MigrationForecastStatus, id: &str) -> Option<migvisor::api::dry_run::DryRunStatus> {
-    status.dry_run.clone().filter(|run| run.id == id && run.phase.is_final())
 }

@@ -10,7 +10,10 @@ use k8s_openapi::jiff::Timestamp;
 use migvisor::{
     api::{
         MigrationForecast,
-        remedy::{RemedyAnswer, RemedyType},
+        remedy::{
+            RemedyAnswer,
+            RemedyType::{AutoConverge, Bandwidth, Downtime, PostCopy, TimeBudget},
+        },
     },
     model::forecast::{HostConstants, Verdict},
 };
@@ -55,7 +58,6 @@ async fn asked_answered_asked_otherwise_and_withdrawn() -> Result<()> {
     ask(&world, &all).await?;
     let (object, answers) = answered(&world, 5).await?;
     let kinds: Vec<_> = answers.iter().map(|answer| answer.kind).collect();
-    use RemedyType::{AutoConverge, Bandwidth, Downtime, PostCopy, TimeBudget};
     ensure!(kinds == [TimeBudget, AutoConverge, Bandwidth, Downtime, PostCopy], "{answers:?}");
     println!("{}", serde_json::to_string_pretty(&answers)?);
     let of = |kind| answers.iter().find(|answer| answer.kind == kind).context("not answered");

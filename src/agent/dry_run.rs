@@ -1,8 +1,8 @@
 //! Carries out the dry run that a forecast asks for, and answers it: the job of [`super::jobs`] that takes minutes.
 //!
 //! In: what is asked, the question it is asked under. Out: progress once a second and the result, in `status.dryRun`. It is given up when it is
-//! withdrawn: nobody asks any more, the question is another one, a migration wants the VM, the process ends, or the API server, from which
-//! any of this would be heard, is silent.
+//! withdrawn: nobody asks any more, the question is another one, a migration wants the VM, its spec has changed, the process ends, or those
+//! from whom any of this would be heard, the manager and the API server, are silent.
 
 use std::{
     sync::Arc,
@@ -25,15 +25,21 @@ use crate::{
         MigrationForecast,
         dry_run::{Compression, Counted, DryRun, DryRunLimit, DryRunPhase, DryRunResult, DryRunStatus, Request},
         migration::HintPhase,
-        scalar,
+        names, scalar,
     },
     dryrun::{self, DryRunError, End, Plan, Progress, Reason, Report},
     model::forecast::{Question, Verdict},
     qemu::monitor::Monitor,
+    runtime::{
+        lease,
+        pulse::{Pulse, Silence},
+    },
 };
 
 /// An API server that takes no progress for so long may have told us to stop, and we would not know.
 const SILENCE: Duration = Duration::from_secs(60);
+/// A manager that has not renewed its Lease for so long leads no more, and tells of no migration that is about to begin.
+const NO_MANAGER: Duration = lease::DURATION;
 /// Between two attempts to write the result, and for how long it is tried: it took minutes to get.
 const RESULT: (Duration, u32) = (Duration::from_secs(5), 12);
 
@@ -42,20 +48,31 @@ pub(super) struct Task {
     pub(super) asked: DryRun,
     pub(super) question: Asked,
     pub(super) fingerprint: String,
+    /// Fingerprint of the VM's spec, where the manager tells it.
+    pub(super) vmi_spec: Option<String>,
 }
 
 /// Carries it out and writes what came of it.
 pub(super) async fn dry_run<L: Locate>(shared: &Arc<Shared<L>>, key: &Key, life: &Life, task: Task) -> Outcome {
+    let mut manager = Pulse::of(shared.client.clone(), &shared.options.lease_namespace, names::LEASE, NO_MANAGER);
+    let may_begin = somebody_would_tell(shared, key, life, &task, &mut manager).await;
     let begun = DryRunStatus {
         started_at: Some(Time(Timestamp::now())),
         ..DryRunStatus::new(&task.asked.id, &task.fingerprint, DryRunPhase::Running, "")
     };
-    let status = match carry_out(shared, key, life, &task, &begun).await {
+    let ended = match may_begin {
+        Ok(()) => Box::pin(carry_out(shared, key, life, &task, &begun, manager)).await,
+        Err(without) => Err(without),
+    };
+    let status = match ended {
         Ok(status) => status,
-        // It is still asked for: the next agent begins anew.
-        Err((phase, why)) if shared.shutdown.is_ending() => {
-            info!(namespace = key.0, name = key.1, ?phase, why, "a dry run ends with the agent");
-            let message = "The agent of the node was ended; the next one begins anew.";
+        Err((phase, why)) if phase == DryRunPhase::Waiting || shared.shutdown.is_ending() => {
+            let message = if shared.shutdown.is_ending() {
+                info!(namespace = key.0, name = key.1, ?phase, why, "a dry run ends with the agent");
+                "The agent of the node was ended; the next one begins anew.".to_owned()
+            } else {
+                why
+            };
             let status = DryRunStatus::new(&task.asked.id, &task.fingerprint, DryRunPhase::Waiting, message);
             tell(shared, key, life, Part::DryRun(&status)).await;
             return Outcome::DryRun(Box::new(status));
@@ -76,6 +93,27 @@ pub(super) async fn dry_run<L: Locate>(shared: &Arc<Shared<L>>, key: &Key, life:
     Outcome::DryRun(Box::new(DryRunStatus { phase: DryRunPhase::Waiting, result: None, ..status }))
 }
 
+/// Waits until a manager is seen that would say so if ours had to give way: QEMU has one migration at a time, and refuses a second one.
+async fn somebody_would_tell<L>(
+    shared: &Arc<Shared<L>>,
+    key: &Key,
+    life: &Life,
+    task: &Task,
+    manager: &mut Pulse,
+) -> Result<(), Without> {
+    tokio::select! {
+        renewed = manager.renewed() => renewed.map_err(|silence| (DryRunPhase::Waiting, without_a_manager(&silence))),
+        reason = no_longer_wanted(shared, key, life, task) => Err((DryRunPhase::Cancelled, reason.0)),
+        () = shared.shutdown.draining() => Err((DryRunPhase::Waiting, String::new())),
+    }
+}
+
+fn without_a_manager(silence: &Silence) -> String {
+    format!(
+        "nobody would say that a migration of the VM is about to begin ({silence}); see to the controller, or name its --lease-namespace"
+    )
+}
+
 /// Why there is no result: how it ended, and in words.
 type Without = (DryRunPhase, String);
 
@@ -85,6 +123,7 @@ async fn carry_out<L: Locate>(
     life: &Life,
     task: &Task,
     begun: &DryRunStatus,
+    mut manager: Pulse,
 ) -> Result<DryRunStatus, Without> {
     let refused = |message: String| (DryRunPhase::Refused, message);
     let failed = |message: String| (DryRunPhase::Failed, message);
@@ -115,6 +154,7 @@ async fn carry_out<L: Locate>(
         tokio::select! {
             reason = no_longer_wanted(shared, key, life, task) => reason,
             reason = silent => reason,
+            silence = manager.lost() => Reason(without_a_manager(&silence)),
             () = shared.shutdown.draining() => Reason("the agent ends".to_owned()),
         }
     };
@@ -254,6 +294,9 @@ fn why_not(object: &MigrationForecast, life: &Life, task: &Task) -> Option<&'sta
     if object.spec.fingerprint() != task.fingerprint {
         return Some("the question has changed");
     }
+    if task.vmi_spec.as_deref().zip(object.vmi_spec()).is_some_and(|(then, now)| then != now) {
+        return Some("the VM's spec has changed, and QEMU plugs nothing in or out meanwhile");
+    }
     match object.hint() {
         // QEMU has one migration at a time.
         Some(hint) => match hint.phase {
@@ -287,6 +330,10 @@ mod tests {
         [(hint::MIGRATION.to_owned(), uid.to_owned()), (hint::PHASE.to_owned(), phase.to_owned())].into()
     }
 
+    fn of_spec(vmi_spec: &str) -> BTreeMap<String, String> {
+        [(hint::VMI_SPEC.to_owned(), vmi_spec.to_owned()), ("other".to_owned(), vmi_spec.to_owned())].into()
+    }
+
     #[test]
     fn it_is_wanted_until_something_says_otherwise() {
         let life = Life { uid: "u".into(), pod_uid: "pod".into() };
@@ -294,6 +341,7 @@ mod tests {
             asked: object().spec.dry_run.unwrap(),
             question: Asked::Words("", String::new()),
             fingerprint: object().spec.fingerprint(),
+            vmi_spec: Some("one".to_owned()),
         };
         let why = |change: &dyn Fn(&mut MigrationForecast)| {
             let mut object = object();
@@ -305,6 +353,8 @@ mod tests {
         assert!(why(&|object| object.metadata.annotations = Some(told("a", "Running"))).is_some());
         assert_eq!(why(&|object| object.metadata.annotations = Some(told("a", "Held"))), None, "it waits for us");
         assert!(why(&|object| object.metadata.annotations = Some(told("b", "Pending"))).is_some());
+        assert_eq!(why(&|object| object.metadata.annotations = Some(of_spec("one"))), None);
+        assert!(why(&|object| object.metadata.annotations = Some(of_spec("two"))).is_some());
         assert!(why(&|object| object.spec.dry_run = None).is_some());
         assert!(why(&|object| object.spec.dry_run.as_mut().unwrap().id = "b".into()).is_some());
         assert!(why(&|object| object.spec.pod_uid = "other".into()).is_some());

@@ -43,7 +43,7 @@ impl Known {
             question: vm.question().clone(),
             remedies: vm.remedies().cloned(),
             fresh: vm.fresh(now).cloned(),
-            dry_run: vm.dry_run().cloned(),
+            dry_run: vm.beside().dry_run().cloned(),
             measured_at: vm.seen().map(|seen| seen.measured_at),
             trouble: vm.trouble().map(|trouble| (trouble.reason, trouble.message.clone())),
         }

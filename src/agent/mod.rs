@@ -15,6 +15,7 @@
 
 pub mod along;
 pub mod answer;
+pub mod beside;
 pub mod budget;
 pub mod checkpoint;
 mod dry_run;
@@ -86,6 +87,8 @@ pub struct Options {
     pub cpu: f64,
     /// Keeps patterns over a restart; `None`: nothing does.
     pub checkpoint: Option<Checkpoint>,
+    /// Where the Lease of the manager that leads lives.
+    pub lease_namespace: String,
 }
 
 /// Why the agent ended.
@@ -263,7 +266,7 @@ impl<L: Locate> Agent<L> {
                 None => vm.ended(job),
             },
             Job::Along => {
-                let uid = vm.hint().map(|hint| hint.migration_uid.clone()).unwrap_or_default();
+                let uid = vm.beside().hint().map(|hint| hint.migration_uid.clone()).unwrap_or_default();
                 let last = self
                     .shared
                     .questions
@@ -273,9 +276,14 @@ impl<L: Locate> Agent<L> {
                     .and_then(|object| object.status.as_ref()?.last_migration.clone());
                 self.running.begin(key, life, job, async move { jobs::read_along(&shared, &k, &l, uid, last).await });
             }
-            Job::DryRun => match vm.dry_run_wanted().map(|(asked, _)| asked.clone()) {
+            Job::DryRun => match vm.beside().dry_run_wanted().map(|(asked, _)| asked.clone()) {
                 Some(asked) => {
-                    let task = Task { asked, question: vm.asked().clone(), fingerprint: vm.question().fingerprint.clone() };
+                    let task = Task {
+                        asked,
+                        question: vm.asked().clone(),
+                        fingerprint: vm.question().fingerprint.clone(),
+                        vmi_spec: vm.beside().vmi_spec().map(str::to_owned),
+                    };
                     self.running.begin(key, life, job, async move { dry_run::dry_run(&shared, &k, &l, task).await });
                 }
                 None => vm.ended(job),

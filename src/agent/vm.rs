@@ -12,17 +12,17 @@ use k8s_openapi::jiff::Timestamp;
 
 use super::{
     answer::{self, Asked},
+    beside::Beside,
     checkpoint::{EPOCHS, Epoch},
     remedy,
-    schedule::{Case, Job, Moving},
+    schedule::{Case, Job},
 };
 use crate::{
     api::{
         MigrationForecast, MigrationForecastStatus,
-        dry_run::{DryRun, DryRunPhase, DryRunStatus},
+        dry_run::{DryRunPhase, DryRunStatus},
         fingerprint::QuestionRef,
         forecast::FRESH,
-        migration::{Hint, HintPhase},
         names::reason,
     },
     model::{
@@ -95,11 +95,7 @@ pub struct Vm {
     recalled: bool,
     /// The jobs that are under way.
     jobs: Vec<Job>,
-    hint: Option<(Hint, Instant)>,
-    /// The migration that was read along to its end.
-    read_along: Option<String>,
-    dry_run_asked: Option<(DryRun, Instant)>,
-    dry_run: Option<DryRunStatus>,
+    beside: Beside,
 }
 
 impl Vm {
@@ -122,12 +118,8 @@ impl Vm {
             write_failures: 0,
             recalled: false,
             jobs: Vec::new(),
-            hint: None,
-            read_along: None,
-            dry_run_asked: None,
-            dry_run: object.status.as_ref().and_then(|status| status.dry_run.clone()),
+            beside: Beside::new(object, now),
         };
-        vm.take_up_beside(object, now);
         if let Some(status) = &object.status {
             let age = status.measured_at.as_ref().and_then(|at| Duration::try_from(wall.duration_since(at.0)).ok());
             vm.published = now.checked_sub(age.unwrap_or(REWRITE)).map(|at| (status.clone(), at));
@@ -147,7 +139,7 @@ impl Vm {
             *self = Self::new(object, host, now, wall, refresh);
             return;
         }
-        self.take_up_beside(object, now);
+        self.beside.take_up(object, now);
         if object.metadata.generation == Some(self.question.generation) {
             return;
         }
@@ -174,19 +166,6 @@ impl Vm {
         }
     }
 
-    /// What is told and asked beside the question: a migration, a dry run.
-    fn take_up_beside(&mut self, object: &MigrationForecast, now: Instant) {
-        let since = |old: Option<Instant>| old.unwrap_or(now);
-        self.hint = object.hint().map(|hint| {
-            let same = self.hint.as_ref().filter(|(old, _)| *old == hint).map(|(_, at)| *at);
-            (hint, since(same))
-        });
-        self.dry_run_asked = object.spec.dry_run.clone().map(|asked| {
-            let same = self.dry_run_asked.as_ref().filter(|(old, _)| *old == asked).map(|(_, at)| *at);
-            (asked, since(same))
-        });
-    }
-
     /// For the scheduler.
     pub fn case(&self, key: Key, now: Instant) -> Case<Key> {
         Case {
@@ -198,10 +177,10 @@ impl Vm {
             look_after: self.trouble.as_ref().map(|trouble| trouble.until),
             write_due: self.ready.as_ref().filter(|_| !self.does(Job::Write)).map(|(_, due)| *due),
             recall: !self.recalled && !self.does(Job::Recall),
-            pressing: self.hint.is_some(),
+            pressing: self.beside.hint().is_some(),
             engaged: self.jobs.iter().any(|job| job.speaks_to_qemu()),
-            migrating: self.migrating(),
-            dry_run_wanted: self.dry_run_wanted().map(|(_, since)| since),
+            migrating: self.beside.migrating(),
+            dry_run_wanted: self.beside.dry_run_wanted().map(|(_, due)| due),
         }
     }
 
@@ -215,29 +194,9 @@ impl Vm {
         &self.question
     }
 
-    /// The manager says that memory moves: since when somebody should read along, unless that was done.
-    fn migrating(&self) -> Option<Moving> {
-        let (hint, since) = self.hint.as_ref().filter(|(hint, _)| hint.phase == HintPhase::Running)?;
-        let read = self.read_along.as_ref() == Some(&hint.migration_uid);
-        Some(if read { Moving::Read } else { Moving::Unread(*since) })
-    }
-
-    /// The migration that the manager tells of.
-    pub fn hint(&self) -> Option<&Hint> {
-        self.hint.as_ref().map(|(hint, _)| hint)
-    }
-
-    /// The dry run that is asked for and has not come to its end: the same id is the same run.
-    pub fn dry_run_wanted(&self) -> Option<(&DryRun, Instant)> {
-        // A migration will want the VM for itself, unless it waits for the dry run.
-        let free = self.hint.as_ref().is_none_or(|(hint, _)| hint.phase == HintPhase::Held);
-        let ended = |id: &str| self.dry_run.as_ref().is_some_and(|run| run.id == id && run.phase.is_final());
-        self.dry_run_asked.as_ref().filter(|(asked, _)| free && !ended(&asked.id)).map(|(asked, since)| (asked, *since))
-    }
-
-    /// The last dry run.
-    pub fn dry_run(&self) -> Option<&DryRunStatus> {
-        self.dry_run.as_ref()
+    /// What is told and asked beside the question.
+    pub fn beside(&self) -> &Beside {
+        &self.beside
     }
 
     /// A dry run came to its end: where it answers the question, the answer is made anew.
@@ -249,7 +208,7 @@ impl Vm {
         if status.phase == DryRunPhase::Done {
             self.wanted_since = self.wanted_since.or(Some(now));
         }
-        self.dry_run = Some(status);
+        self.beside.dry_run_ended(status, now);
     }
 
     /// A job panicked: whatever it was, it is not begun again at once.
@@ -258,17 +217,22 @@ impl Vm {
             Job::Look | Job::Answer => self.failed(reason::NOT_MEASURED, message.to_owned(), now, spread),
             Job::Write => self.write_failed(now, spread),
             Job::Recall => self.recalled = true,
-            Job::Along => self.read_along = self.hint.as_ref().map(|(hint, _)| hint.migration_uid.clone()),
+            Job::Along => {
+                if let Some(uid) = self.beside.hint().map(|hint| hint.migration_uid.clone()) {
+                    self.beside.read_along_to_its_end(uid);
+                }
+            }
             Job::DryRun => {
-                let id = self.dry_run_asked.as_ref().map(|(asked, _)| asked.id.clone()).unwrap_or_default();
-                self.dry_run = Some(DryRunStatus::new(&id, &self.question.fingerprint, DryRunPhase::Failed, message));
+                let id = self.beside.dry_run_asked().map(|asked| asked.id.clone()).unwrap_or_default();
+                let failed = DryRunStatus::new(&id, &self.question.fingerprint, DryRunPhase::Failed, message);
+                self.beside.dry_run_ended(failed, now);
             }
         }
     }
 
     /// A migration was read along to its end, or cannot be.
     pub fn read_along_to_its_end(&mut self, migration_uid: String) {
-        self.read_along = Some(migration_uid);
+        self.beside.read_along_to_its_end(migration_uid);
     }
 
     /// A job is under way.

@@ -33,10 +33,14 @@ impl MigrationForecastSpec {
     /// cryptographic hash.
     pub fn fingerprint(&self) -> String {
         // Such a structure has no keys that JSON cannot hold: it always becomes a value.
-        let mut question = serde_json::to_value(self.question_only()).unwrap_or_default();
-        question.sort_all_objects();
-        of(&question.to_string())
+        of_json(serde_json::to_value(self.question_only()).unwrap_or_default())
     }
+}
+
+/// [`of`] a JSON value, in whatever order its keys are written.
+pub fn of_json(mut value: serde_json::Value) -> String {
+    value.sort_all_objects();
+    of(&value.to_string())
 }
 
 /// FNV-1a of a text, as 16 hexadecimal digits.

@@ -10,27 +10,28 @@ use k8s_openapi::{
     apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time},
 };
 use kube::Resource;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use super::{
+    fingerprint,
     policy::{Selecting, Selectors},
     scalar::{Quantity, lenient, lenient_u64},
 };
 
 macro_rules! resource {
-    ($type:ident, $kind:literal, $plural:literal) => {
+    ($type:ident, $scope:ident, $group:literal, $version:literal, $plural:literal) => {
         impl Resource for $type {
             type DynamicType = ();
-            type Scope = NamespaceResourceScope;
+            type Scope = $scope;
 
             fn kind((): &()) -> std::borrow::Cow<'_, str> {
-                $kind.into()
+                stringify!($type).into()
             }
             fn group((): &()) -> std::borrow::Cow<'_, str> {
-                "kubevirt.io".into()
+                $group.into()
             }
             fn version((): &()) -> std::borrow::Cow<'_, str> {
-                "v1".into()
+                $version.into()
             }
             fn plural((): &()) -> std::borrow::Cow<'_, str> {
                 $plural.into()
@@ -45,9 +46,10 @@ macro_rules! resource {
     };
 }
 
-resource!(VirtualMachineInstance, "VirtualMachineInstance", "virtualmachineinstances");
-resource!(VirtualMachineInstanceMigration, "VirtualMachineInstanceMigration", "virtualmachineinstancemigrations");
-resource!(KubeVirt, "KubeVirt", "kubevirts");
+resource!(VirtualMachineInstance, NamespaceResourceScope, "kubevirt.io", "v1", "virtualmachineinstances");
+resource!(VirtualMachineInstanceMigration, NamespaceResourceScope, "kubevirt.io", "v1", "virtualmachineinstancemigrations");
+resource!(KubeVirt, NamespaceResourceScope, "kubevirt.io", "v1", "kubevirts");
+resource!(MigrationPolicy, ClusterResourceScope, "migrations.kubevirt.io", "v1alpha1", "migrationpolicies");
 
 /// A running VM.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
@@ -56,7 +58,7 @@ pub struct VirtualMachineInstance {
     /// Name, labels, UID.
     pub metadata: ObjectMeta,
     /// What it is.
-    #[serde(deserialize_with = "lenient")]
+    #[serde(deserialize_with = "spec")]
     pub spec: VmiSpec,
     /// Where it runs.
     #[serde(deserialize_with = "lenient")]
@@ -73,6 +75,16 @@ pub struct VmiSpec {
     /// The machine.
     #[serde(deserialize_with = "lenient")]
     pub domain: Domain,
+    /// Of the whole spec, with all that is not read here: it is another one as soon as anything of the machine changes.
+    #[serde(skip)]
+    pub fingerprint: String,
+}
+
+/// Reads what we know, and remembers the rest by its fingerprint.
+fn spec<'de, D: Deserializer<'de>>(deserializer: D) -> Result<VmiSpec, D::Error> {
+    let Some(whole) = Option::<serde_json::Value>::deserialize(deserializer)? else { return Ok(VmiSpec::default()) };
+    let known: VmiSpec = serde_json::from_value(whole.clone()).unwrap_or_default();
+    Ok(VmiSpec { fingerprint: fingerprint::of_json(whole), ..known })
 }
 
 /// `spec.domain`.
@@ -166,9 +178,24 @@ pub struct VmiStatus {
     /// Volumes that move with it.
     #[serde(deserialize_with = "lenient")]
     pub migrated_volumes: Vec<serde_json::Value>,
+    /// Its volumes, and how far those are that are plugged in or out.
+    #[serde(deserialize_with = "lenient")]
+    pub volume_status: Vec<VolumeStatus>,
     /// The migration in flight, else the last one.
     #[serde(deserialize_with = "lenient")]
     pub migration_state: Option<MigrationState>,
+}
+
+/// One of `status.volumeStatus`.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct VolumeStatus {
+    /// It was plugged in while the VM ran, or will be.
+    #[serde(deserialize_with = "lenient")]
+    pub hotplug_volume: Option<serde_json::Value>,
+    /// From `Pending` to `Ready`, and back to `UnMountedFromPod`.
+    #[serde(deserialize_with = "lenient")]
+    pub phase: String,
 }
 
 /// KubeVirt's conditions (their timestamps may be null, unlike Kubernetes' own).
@@ -231,6 +258,11 @@ impl VirtualMachineInstance {
     pub fn is_migrating(&self) -> bool {
         let state = self.status.migration_state.as_ref();
         state.is_some_and(|state| state.start_timestamp.is_some() && state.end_timestamp.is_none() && !state.completed)
+    }
+
+    /// A volume is on its way into the VM, or out of it.
+    pub fn is_hotplugging(&self) -> bool {
+        self.status.volume_status.iter().any(|volume| volume.hotplug_volume.is_some() && volume.phase != "Ready")
     }
 
     /// UID of the pod that runs the VM now: of the active pods, the one on its node.
@@ -384,30 +416,6 @@ pub struct MigrationPolicySpec {
     /// What it says instead.
     #[serde(flatten)]
     pub configuration: MigrationConfiguration,
-}
-
-impl Resource for MigrationPolicy {
-    type DynamicType = ();
-    type Scope = ClusterResourceScope;
-
-    fn kind((): &()) -> std::borrow::Cow<'_, str> {
-        "MigrationPolicy".into()
-    }
-    fn group((): &()) -> std::borrow::Cow<'_, str> {
-        "migrations.kubevirt.io".into()
-    }
-    fn version((): &()) -> std::borrow::Cow<'_, str> {
-        "v1alpha1".into()
-    }
-    fn plural((): &()) -> std::borrow::Cow<'_, str> {
-        "migrationpolicies".into()
-    }
-    fn meta(&self) -> &ObjectMeta {
-        &self.metadata
-    }
-    fn meta_mut(&mut self) -> &mut ObjectMeta {
-        &mut self.metadata
-    }
 }
 
 impl Selecting for MigrationPolicy {

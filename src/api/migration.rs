@@ -80,6 +80,11 @@ impl MigrationForecast {
         let migration_uid = annotations.get(hint::MIGRATION).filter(|uid| !uid.is_empty())?.clone();
         Some(Hint { migration_uid, phase: HintPhase::read(annotations.get(hint::PHASE)) })
     }
+
+    /// Fingerprint of the VM's spec, as the manager tells it.
+    pub fn vmi_spec(&self) -> Option<&str> {
+        self.metadata.annotations.as_ref()?.get(hint::VMI_SPEC).map(String::as_str)
+    }
 }
 
 /// A migration that runs now, as QEMU tells of it (`query-migrate`; through libvirt `virDomainGetJobStats`). Written at most once a second.

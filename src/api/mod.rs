@@ -47,6 +47,5 @@ pub const GROUP: &str = "migvisor.io";
 
 /// Every custom resource of ours, as it is installed in a cluster.
 pub fn crds() -> Vec<CustomResourceDefinition> {
-    vec![MigrationForecast::crd(), MigrationOverride::crd(), PredictionPolicy::crd()]
-    vec![MigrationForecast::crd(), PredictionPolicy::crd(), MigrationPlan::crd()]
+    vec![MigrationForecast::crd(), MigrationOverride::crd(), MigrationPlan::crd(), PredictionPolicy::crd()]
 }

@@ -8,6 +8,9 @@ pub const NODE_LABEL: &str = "migvisor.io/node";
 
 /// On a VirtualMachineInstanceMigration: the UID of the MigrationPlan that it is a part of.
 pub const PLAN_LABEL: &str = "migvisor.io/plan";
+/// The Lease of the manager that writes, in the controllers' namespace. Agents read it: where nobody renews it, nobody would tell them of a
+/// migration either.
+pub const LEASE: &str = "migvisor-controller";
 
 /// The manager's field manager: a forecast's metadata and `spec`, `status.outcome`, the conditions `Ready` and `DataStale`.
 pub const MANAGER: &str = "migvisor-manager";
@@ -22,7 +25,8 @@ pub const AGENT_MIGRATION: &str = "migvisor-agent-migration";
 /// The scheduling gate on the target pod of a migration that is held. While it is there the pod is not scheduled, and nothing is transferred.
 pub const GATE: &str = "migvisor.io/dry-run";
 
-/// Annotations on a MigrationForecast by which the manager tells the agent of a migration of the VM that is not final.
+/// Annotations on a MigrationForecast by which the manager tells the agent what happens to the VM: a migration that is not final, another
+/// spec.
 ///
 /// Annotations, because they are neither part of the question nor an answer: the spec would get a new generation, and whoever
 /// waits for `status.observedGeneration` would wait for an answer that says the same; the status is the agent's.
@@ -31,6 +35,9 @@ pub mod hint {
     pub const MIGRATION: &str = "migvisor.io/migration";
     /// `Held` while it waits for a dry run, `Pending` until memory moves, then `Running`.
     pub const PHASE: &str = "migvisor.io/migration-phase";
+    /// Fingerprint of the VirtualMachineInstance's spec. Where it changes, something may have to be plugged in, which QEMU refuses during a dry
+    /// run. Not the generation: a VMI has no status subresource, so that grows with every write of its status.
+    pub const VMI_SPEC: &str = "migvisor.io/vmi-spec";
 }
 
 /// Annotations on a VirtualMachineInstanceMigration: plain numbers, times in ms, bandwidths in bytes per second.

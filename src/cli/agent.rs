@@ -57,6 +57,9 @@ pub struct AgentArgs {
     /// Where patterns are kept over a restart of the agent; else they are not
     #[arg(long, value_name = "DIR")]
     pub checkpoint: Option<PathBuf>,
+    /// Where the Lease of the controller that leads lives: while nobody renews it, there are no dry runs
+    #[arg(long, env = "POD_NAMESPACE", value_name = "NAMESPACE", default_value = "default")]
+    pub lease_namespace: String,
     /// Constants of this host (YAML or JSON: lineRate, zeroPagesPerMs, setupMs, syncMs, completionMs), where a question names none
     #[arg(long, value_name = "FILE")]
     pub host: Option<PathBuf>,
@@ -208,7 +211,15 @@ pub async fn run(args: AgentArgs) -> Result<(), AgentCommandError> {
     tracing::info!(address = %server.local_addr(), "serving metrics and health");
     let look = LookOptions { duration: args.look.0, source: args.source, ..LookOptions::default() };
     let checkpoint = args.checkpoint.as_deref().map(Checkpoint::open).transpose()?;
-    let options = Options { node: args.node, look, refresh: args.refresh.0, host, cpu: args.cpu_budget / 100.0, checkpoint };
+    let options = Options {
+        node: args.node,
+        look,
+        refresh: args.refresh.0,
+        host,
+        cpu: args.cpu_budget / 100.0,
+        checkpoint,
+        lease_namespace: args.lease_namespace,
+    };
     let serving = server.run(metrics.clone(), readiness.clone(), shutdown.clone());
     let answers = async {
         let ended = agent::run(client, options, vms, &metrics, &readiness, shutdown).await;

@@ -7,7 +7,7 @@ use std::{net::SocketAddr, path::PathBuf};
 use clap::Args;
 
 use crate::{
-    api::scalar::Duration,
+    api::{names, scalar::Duration},
     manager::{self, Knowledge, ManagerMetrics, Options},
     runtime::{
         client,
@@ -98,7 +98,7 @@ pub async fn run(args: ControllerArgs) -> Result<(), ControllerError> {
     tracing::info!(admission = %admission.local_addr(), health = %health.local_addr(), "serving");
 
     let identity = args.identity.unwrap_or_else(unique_identity);
-    let lease = LeaseOptions::new(args.lease_namespace, "migvisor-controller", identity.clone());
+    let lease = LeaseOptions::new(args.lease_namespace, names::LEASE, identity.clone());
     let (leadership, election) = lease::elect(client.clone(), lease, shutdown.clone());
 
     let (knowledge, feeds) = Knowledge::new();

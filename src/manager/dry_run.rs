@@ -4,10 +4,10 @@
 //! writes as `spec.dryRun` or takes away. What somebody else asks for is left alone until it has been answered and that answer is stale.
 //!
 //! ```text
-//! no policy for it, a migration that nobody holds, outside the model, another question ──▶ Nothing (ours is withdrawn)
-//! ours stands: waiting, running, or answered not long ago ──────────────────────▶ Run (the same)
-//! somebody else's stands, or this question was tried out not long ago ──────────▶ Nothing
-//! a fresh answer from the pattern says Fails or Borderline ─────────────────────▶ Run (a new one), or Queue while its node is busy
+//! no policy for it, a migration that nobody holds, a hotplug, outside the model, another question ──▶ Nothing (ours is withdrawn)
+//! ours stands: waiting, running, or answered not long ago ─────────────────────────────────▶ Run (the same)
+//! somebody else's stands, or this question was tried out not long ago ─────────────────────▶ Nothing
+//! a fresh answer from the pattern says Fails or Borderline ────────────────────────────────▶ Run (a new one), or Queue while its node is busy
 //! ```
 
 use k8s_openapi::jiff::Timestamp;
@@ -54,12 +54,12 @@ impl Carriage {
     }
 }
 
-/// A migration of the VM that is not final.
+/// What is under way with the VM: QEMU neither migrates it nor plugs anything in or out during a dry run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Way {
-    /// It is held, and waits for the dry run.
+    /// A migration that is held, and waits for the dry run.
     Held,
-    /// Nobody holds it: a dry run would be in its way.
+    /// A migration that nobody holds, or a hotplug: a dry run would be in its way.
     Open,
 }
 
@@ -74,8 +74,8 @@ pub struct Case<'a> {
     pub stored: Option<&'a MigrationForecast>,
     /// How a migration would be carried.
     pub carriage: Carriage,
-    /// The VM's migration, if one is under way.
-    pub migration: Option<Way>,
+    /// What is under way with the VM.
+    pub way: Option<Way>,
     /// Now.
     pub now: Timestamp,
 }
@@ -111,7 +111,7 @@ fn answered<'a>(forecast: &'a MigrationForecast, id: &str) -> Option<&'a DryRunS
 /// What is wanted now. `busy` counts the other dry runs of the manager's that are open on the VM's node; it is asked only where that
 /// matters.
 pub fn wish(case: &Case<'_>, busy: impl FnOnce() -> u64) -> Wish {
-    let wanted = |policy: &&DryRunPolicy| match case.migration {
+    let wanted = |policy: &&DryRunPolicy| match case.way {
         None => policy.mode == DryRunMode::OnDoubt,
         Some(Way::Held) => policy.mode != DryRunMode::Never,
         Some(Way::Open) => false,
@@ -140,7 +140,7 @@ pub fn wish(case: &Case<'_>, busy: impl FnOnce() -> u64) -> Wish {
     }
     let Some(measured) = doubt(case, stored) else { return Wish::Nothing };
     // Somebody waits for one that is held; the agent takes it first.
-    if case.migration.is_none() && busy() >= policy.concurrent_per_node.max(1) {
+    if case.way.is_none() && busy() >= policy.concurrent_per_node.max(1) {
         return Wish::Queue;
     }
     Wish::Run(DryRun {

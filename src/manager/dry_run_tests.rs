@@ -45,14 +45,8 @@ fn carriage() -> Carriage {
 
 fn wished(stored: &MigrationForecast) -> Wish {
     let (policy, present) = (policy(DryRunMode::OnDoubt), question(&json!({})));
-    let case = Case {
-        policy: Some(&policy),
-        present: &present,
-        stored: Some(stored),
-        carriage: carriage(),
-        migration: None,
-        now: now(),
-    };
+    let case =
+        Case { policy: Some(&policy), present: &present, stored: Some(stored), carriage: carriage(), way: None, now: now() };
     wish(&case, || 0)
 }
 
@@ -147,14 +141,8 @@ fn where_there_is_no_doubt_nothing_is_wanted() {
 #[test]
 fn on_demand_is_when_a_migration_is_held() {
     let (on_demand, present, stored) = (policy(DryRunMode::OnDemand), question(&json!({})), stored(&json!({})));
-    let case = |migration| Case {
-        policy: Some(&on_demand),
-        present: &present,
-        stored: Some(&stored),
-        carriage: carriage(),
-        migration,
-        now: now(),
-    };
+    let case =
+        |way| Case { policy: Some(&on_demand), present: &present, stored: Some(&stored), carriage: carriage(), way, now: now() };
     assert_eq!(wish(&case(None), || 0), Wish::Nothing);
     assert_eq!(wish(&case(Some(Way::Open)), || 0), Wish::Nothing);
     assert_eq!(wish(&case(Some(Way::Held)), || 0), Wish::Run(first()));
@@ -166,7 +154,7 @@ fn it_is_withdrawn_with_what_it_rested_on() {
     let (doubt, never) = (policy(DryRunMode::OnDoubt), policy(DryRunMode::Never));
     let present = question(&json!({}));
     let good =
-        Case { policy: Some(&doubt), present: &present, stored: Some(&asked), carriage: carriage(), migration: None, now: now() };
+        Case { policy: Some(&doubt), present: &present, stored: Some(&asked), carriage: carriage(), way: None, now: now() };
     assert!(matches!(wish(&good, || 99), Wish::Run(_)), "what stands needs no room");
     let moved = question(&json!({ "nodeName": "node-2" }));
     let wider = question(&json!({ "bandwidth": "1Gi" }));
@@ -174,8 +162,8 @@ fn it_is_withdrawn_with_what_it_rested_on() {
     for (why, case) in [
         ("no policy", Case { policy: None, ..good }),
         ("never", Case { policy: Some(&never), ..good }),
-        ("a migration is under way", Case { migration: Some(Way::Open), ..good }),
-        ("never, and a migration is held", Case { policy: Some(&never), migration: Some(Way::Held), ..good }),
+        ("a migration or a hotplug is under way", Case { way: Some(Way::Open), ..good }),
+        ("never, and a migration is held", Case { policy: Some(&never), way: Some(Way::Held), ..good }),
         ("it moved", Case { present: &moved, ..good }),
         ("another bandwidth", Case { present: &wider, ..good }),
         ("outside the model", Case { present: &outside, ..good }),
@@ -207,17 +195,11 @@ fn what_a_person_asks_for_stands_until_its_answer_is_old() {
 fn a_node_has_so_many_at_a_time() {
     let (mut policy, present, stored) = (policy(DryRunMode::OnDoubt), question(&json!({})), stored(&json!({})));
     policy.concurrent_per_node = 2;
-    let case = Case {
-        policy: Some(&policy),
-        present: &present,
-        stored: Some(&stored),
-        carriage: carriage(),
-        migration: None,
-        now: now(),
-    };
+    let case =
+        Case { policy: Some(&policy), present: &present, stored: Some(&stored), carriage: carriage(), way: None, now: now() };
     assert!(matches!(wish(&case, || 1), Wish::Run(_)));
     assert_eq!(wish(&case, || 2), Wish::Queue);
-    assert!(matches!(wish(&Case { migration: Some(Way::Held), ..case }, || 2), Wish::Run(_)), "somebody waits for it");
+    assert!(matches!(wish(&Case { way: Some(Way::Held), ..case }, || 2), Wish::Run(_)), "somebody waits for it");
 
     let open = |status: &Value| is_open(&asked(status));
     assert!(
@@ -251,4 +233,20 @@ fn pages_are_carried_as_kubevirt_would() {
     ] {
         assert_eq!(of(domain.clone()), Carriage::default(), "{domain}");
     }
+}
+
+#[test]
+fn a_volume_on_its_way_is_a_hotplug() {
+    let of = |volumes: Value| {
+        let vmi: VirtualMachineInstance = serde_json::from_value(json!({ "status": { "volumeStatus": volumes } })).unwrap();
+        vmi.is_hotplugging()
+    };
+    let plugged =
+        |phase: &str| json!([{ "name": "root" }, { "name": "data", "phase": phase, "hotplugVolume": { "attachPodName": "hp" } }]);
+    for phase in ["Pending", "Bound", "AttachedToNode", "MountedToPod", "Detaching", "UnMountedFromPod", ""] {
+        assert!(of(plugged(phase)), "{phase}");
+    }
+    assert!(
+        !of(plugged("Ready")) && !of(json!([{ "name": "root", "phase": "Pending" }])) && !of(json!("odd")) && !of(Value::Null)
+    );
 }

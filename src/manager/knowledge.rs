@@ -219,14 +219,14 @@ impl Knowledge {
         vmi: &VirtualMachineInstance,
         policy: Option<&PredictionPolicy>,
         present: &MigrationForecastSpec,
-        migration: Option<Way>,
+        way: Option<Way>,
         now: Timestamp,
     ) -> Wish {
         let Some(policy) = policy.and_then(|policy| policy.spec.dry_run.as_ref()) else { return Wish::Nothing };
         let stored = self.forecast(vmi.metadata.namespace.as_deref().unwrap_or_default(), &vmi.name_any());
         let carriage = Carriage::of(vmi, self.effective(vmi).compression);
         let stored = stored.as_deref();
-        let case = Case { policy: Some(policy), present, stored, carriage, migration, now };
+        let case = Case { policy: Some(policy), present, stored, carriage, way, now };
         // The watch lags behind the writes: two VMs of a node that are looked at at once may both find room. The agent queues them.
         let busy = || {
             let others = self.forecasts.state_filter(|other| {

@@ -275,9 +275,9 @@ impl Manager {
                 }
                 let hint = Hint::of(migrations).map(|hint| held(hint, cases));
                 let way = match &hint {
-                    Some(hint) if hint.phase == HintPhase::Held => Some(Way::Held),
+                    Some(hint) if hint.phase == HintPhase::Held && !vmi.is_hotplugging() => Some(Way::Held),
                     Some(_) => Some(Way::Open),
-                    None => vmi.is_migrating().then_some(Way::Open),
+                    None => (vmi.is_migrating() || vmi.is_hotplugging()).then_some(Way::Open),
                 };
                 let mut again = None;
                 match self.knowledge.dry_run(vmi, policy.as_deref(), &spec, way, Timestamp::now()) {

@@ -202,8 +202,8 @@ fn outside_model(vmi: &VirtualMachineInstance) -> Option<&'static str> {
     }
 }
 
-/// The whole object as the manager applies it: owned by the VM, labelled for the agent of its node, with the hint of a migration that is
-/// under way. `None`: the VM has no name or UID yet.
+/// The whole object as the manager applies it: owned by the VM, labelled for the agent of its node, with the fingerprint of the VM's spec and
+/// the hint of a migration that is under way. `None`: the VM has no name or UID yet.
 pub fn object(vmi: &VirtualMachineInstance, spec: MigrationForecastSpec, hint: Option<&Hint>) -> Option<MigrationForecast> {
     let mut owner = vmi.owner_ref(&())?;
     // Deleting a VM must not wait for its forecast.
@@ -211,7 +211,9 @@ pub fn object(vmi: &VirtualMachineInstance, spec: MigrationForecastSpec, hint: O
     let mut forecast = MigrationForecast::new(&owner.name, spec);
     forecast.metadata.namespace = vmi.namespace();
     forecast.metadata.labels = Some([(NODE_LABEL.to_owned(), forecast.spec.node_name.clone())].into());
-    forecast.metadata.annotations = hint.map(Hint::annotations);
+    let mut annotations = hint.map(Hint::annotations).unwrap_or_default();
+    annotations.insert(hint::VMI_SPEC.to_owned(), vmi.spec.fingerprint.clone());
+    forecast.metadata.annotations = Some(annotations);
     forecast.metadata.owner_references = Some(vec![owner]);
     Some(forecast)
 }
@@ -225,7 +227,9 @@ pub fn differs(stored: Option<&MigrationForecast>, wanted: &MigrationForecast) -
     };
     dry_run
         || stored.spec.question_only() != wanted.spec.question_only()
-        || [hint::MIGRATION, hint::PHASE].iter().any(|key| stored.annotations().get(*key) != wanted.annotations().get(*key))
+        || [hint::MIGRATION, hint::PHASE, hint::VMI_SPEC]
+            .iter()
+            .any(|key| stored.annotations().get(*key) != wanted.annotations().get(*key))
         || stored.labels().get(NODE_LABEL) != wanted.labels().get(NODE_LABEL)
         || wanted.owner_references().iter().any(|wanted| stored.owner_references().iter().all(|stored| stored.uid != wanted.uid))
 }

@@ -204,7 +204,7 @@ fn a_migration_under_way_is_told_and_a_dry_run_of_others_left_alone() {
     let vmi = vmi(&json!({}));
     let spec = ask(&vmi, &effective(None, None), None);
     let plain = object(&vmi, spec.clone(), None).unwrap();
-    assert!(serde_json::to_value(&plain).unwrap()["metadata"].get("annotations").is_none(), "applied without, so that they go");
+    assert_eq!(plain.annotations().keys().collect::<Vec<_>>(), [hint::VMI_SPEC], "applied without the others, so that they go");
 
     let hint = |phase| Hint { migration_uid: "uid-m1".into(), phase };
     let told = object(&vmi, spec.clone(), Some(&hint(HintPhase::Pending))).unwrap();
@@ -222,6 +222,28 @@ fn a_migration_under_way_is_told_and_a_dry_run_of_others_left_alone() {
     assert!(!differs(Some(&with("by-hand")), &plain), "theirs stands");
     assert!(differs(Some(&with("doubt-1-1")), &plain), "ours is withdrawn");
     assert!(differs(Some(&plain), &with("doubt-1-1")) && !differs(Some(&with("doubt-1-1")), &with("doubt-1-1")));
+}
+
+#[test]
+fn another_spec_of_the_vm_is_told_and_nothing_else_of_it() {
+    let vm = |changes: Value| object(&vmi(&changes), ask(&vmi(&json!({})), &effective(None, None), None), None).unwrap();
+    let before = vm(json!({}));
+    for changes in [
+        json!({ "metadata": { "labels": { "new": "one" }, "annotations": { "a": "b" }, "generation": 99, "resourceVersion": "77" } }),
+        json!({ "status": { "volumeStatus": [{ "name": "data", "phase": "Ready" }], "guestOSInfo": { "id": "debian" } } }),
+    ] {
+        assert!(!differs(Some(&before), &vm(changes.clone())), "{changes}");
+    }
+    for changes in [
+        json!({ "spec": { "volumes": [{ "name": "data", "persistentVolumeClaim": { "claimName": "data", "hotpluggable": true } }] } }),
+        json!({ "spec": { "domain": { "devices": { "disks": [{ "name": "data", "disk": { "bus": "scsi" } }] } } } }),
+        json!({ "spec": { "networks": [{ "name": "second" }] } }),
+        json!({ "spec": { "whatever": "comes" } }),
+    ] {
+        let after = vm(changes.clone());
+        assert!(differs(Some(&before), &after), "{changes}");
+        assert!(after.vmi_spec() != before.vmi_spec() && after.spec.fingerprint() == before.spec.fingerprint(), "{changes}");
+    }
 }
 
 #[test]

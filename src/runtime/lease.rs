@@ -38,6 +38,9 @@ pub struct LeaseOptions {
     pub retry: Duration,
 }
 
+/// Kubernetes' usual: a Lease that was not renewed for so long is nobody's.
+pub const DURATION: Duration = Duration::from_secs(15);
+
 impl LeaseOptions {
     /// With Kubernetes' usual 15 s, 10 s, 2 s.
     pub fn new(namespace: impl Into<String>, name: impl Into<String>, identity: impl Into<String>) -> Self {
@@ -45,7 +48,7 @@ impl LeaseOptions {
             namespace: namespace.into(),
             name: name.into(),
             identity: identity.into(),
-            duration: Duration::from_secs(15),
+            duration: DURATION,
             renew_deadline: Duration::from_secs(10),
             retry: Duration::from_secs(2),
         }

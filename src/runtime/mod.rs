@@ -7,6 +7,7 @@ pub mod client;
 pub mod health;
 pub mod lease;
 pub mod metrics;
+pub mod pulse;
 mod serve;
 pub mod shutdown;
 pub mod telemetry;

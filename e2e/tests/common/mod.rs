@@ -5,7 +5,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use kube::{Api, api::DynamicObject};
-use migvisor::api::MigrationForecast;
+use migvisor::api::{
+    MigrationForecast, MigrationForecastStatus,
+    dry_run::{DryRunPhase, DryRunStatus},
+};
 use migvisor_e2e::{
     cluster::{ControlPlane, Output},
     kubevirt::vmim_manifest,
@@ -119,4 +122,35 @@ pub fn review(object: &Value) -> Vec<u8> {
     })
     .to_string()
     .into_bytes()
+}
+
+/// Asks for a dry run (`null`: for none any more) as a person would.
+pub async fn ask(world: &World, vm: &str, dry_run: &Value) -> Result<()> {
+    let patch = json!({ "spec": { "dryRun": dry_run } }).to_string();
+    let args = ["patch", "migrationforecast", vm, "-n", NAMESPACE, "--type=merge", "-p", &patch];
+    world.plane().kubectl(&args, "").await?.ok().map(drop)
+}
+
+/// Waits until the status of a forecast is as wanted.
+pub async fn status_that(
+    world: &World,
+    vm: &str,
+    what: &str,
+    deadline: Duration,
+    holds: impl Fn(&MigrationForecastStatus) -> bool,
+) -> Result<MigrationForecastStatus> {
+    let has = |forecast: &MigrationForecast| forecast.status.as_ref().is_some_and(&holds);
+    forecast_that(world, vm, what, deadline, has).await?.status.context("it has one")
+}
+
+/// The dry run of this id, once nothing more comes of it.
+pub fn ended(status: &MigrationForecastStatus, id: &str) -> Option<DryRunStatus> {
+    status.dry_run.clone().filter(|run| run.id == id && run.phase.is_final())
+}
+
+/// The dry run of this id is on its way.
+pub fn running(status: &MigrationForecastStatus, id: &str) -> bool {
+    let on_its_way =
+        |run: &DryRunStatus| run.phase == DryRunPhase::Running && run.iteration.is_some_and(|iteration| iteration > 0);
+    status.dry_run.as_ref().is_some_and(|run| run.id == id && on_its_way(run))
 }

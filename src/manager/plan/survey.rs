@@ -24,9 +24,9 @@ use crate::{
         plan::Step,
         policy::Selectors,
     },
-    decision::{Assessment, Origin},
+    decision::{self, Assessment},
     manager::{
-        knowledge::{Candidate, Knowledge},
+        knowledge::Knowledge,
         question::{self, Desired, Limits},
     },
 };
