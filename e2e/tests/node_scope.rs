@@ -284,6 +284,29 @@ async fn abandoned_and_let_go(plane: &ControlPlane) -> Result<()> {
     event_in(plane, "MigrationReleased", "VirtualMachineInstanceMigration", "m1").await.map(drop)
 }
 
+/// A plan, until the migration that it makes has gone again.
+async fn carried_out(scene: &Scene<'_>) -> Result<()> {
+    let migrations = vmims(&scene.plane.client()?, NAMESPACE);
+    println!("--- a plan is carried out");
+    scene.answer(Verdict::Converges).await?;
+    let plan = json!({
+        "apiVersion": "migvisor.io/v1alpha1", "kind": "MigrationPlan", "metadata": { "name": "drain" },
+        "spec": { "sourceNode": "node-a", "want": "Everything", "execute": true },
+    });
+    scene.plane.accepts(&plan.to_string()).await?;
+    let label = ListParams::default().labels(PLAN_LABEL);
+    let created = async || Ok(migrations.list(&label).await?.items.into_iter().next());
+    let planned = wait_for("the migration of the plan", SOON, created).await?.name_any();
+    let noted = async || {
+        let status = scene.kubectl(&["get", "mplan", "drain", "-o", "jsonpath={.status.migrations[*].name}"]).await?;
+        Ok((status == planned).then_some(()))
+    };
+    wait_for("the plan to tell of it", SOON, noted).await?;
+    scene.kubectl(&["delete", "mplan", "drain"]).await?;
+    migrations.delete(&planned, &DeleteParams::default()).await?;
+    scene.that("tells of no migration any more", |forecast| forecast.hint().is_none()).await.map(drop)
+}
+
 async fn story(plane: &ControlPlane) -> Result<()> {
     let admin = plane.client()?;
     let policy = json!({
@@ -356,24 +379,7 @@ async fn story(plane: &ControlPlane) -> Result<()> {
     scene.that("has its outcome and tells of nothing", |it| told(it).is_none() && ended(it)).await?;
     event_in(plane, "MigrationForecastOutcome", "VirtualMachineInstanceMigration", "m1").await?;
 
-    println!("--- a plan is carried out");
-    scene.answer(Verdict::Converges).await?;
-    let plan = json!({
-        "apiVersion": "migvisor.io/v1alpha1", "kind": "MigrationPlan", "metadata": { "name": "drain" },
-        "spec": { "sourceNode": "node-a", "want": "Everything", "execute": true },
-    });
-    plane.accepts(&plan.to_string()).await?;
-    let label = ListParams::default().labels(PLAN_LABEL);
-    let created = async || Ok(migrations.list(&label).await?.items.into_iter().next());
-    let planned = wait_for("the migration of the plan", SOON, created).await?.name_any();
-    let noted = async || {
-        let status = scene.kubectl(&["get", "mplan", "drain", "-o", "jsonpath={.status.migrations[*].name}"]).await?;
-        Ok((status == planned).then_some(()))
-    };
-    wait_for("the plan to tell of it", SOON, noted).await?;
-    scene.kubectl(&["delete", "mplan", "drain"]).await?;
-    migrations.delete(&planned, &DeleteParams::default()).await?;
-    scene.that("tells of no migration any more", |forecast| told(forecast).is_none()).await?;
+    carried_out(&scene).await?;
 
     println!("--- what a person asks for stands, whatever the manager writes");
     scene
