@@ -424,6 +424,13 @@ async fn only_gates(plane: &ControlPlane) -> Result<()> {
         more["spec"]["schedulingGates"] = without("migvisor.io/dry-run")["spec"]["schedulingGates"].clone();
         more
     };
+    // A policy takes a moment to be heard of.
+    let early = json!({ "metadata": { "labels": { "too": "early" } } });
+    let refused = async || {
+        let patched = pods.patch("leashed", &PatchParams::default(), &Patch::Strategic(&early)).await;
+        Ok(patched.is_err().then_some(()))
+    };
+    wait_for("the leash to hold", SOON, refused).await?;
     let gate = "may take the scheduling gate migvisor.io/dry-run off a pod, and nothing else";
     for (patch, refusal) in [
         (json!({ "metadata": { "labels": { "mine": "now" } } }), gate),

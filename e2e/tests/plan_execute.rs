@@ -98,20 +98,5 @@ async fn plans_execute_is_refused_to_who_may_not_migrate() -> Result<()> {
     let selectors = json!({ "namespaceSelector": { "team": "a" }, "virtualMachineInstanceSelector": { "app": "db" } });
     let whole =
         json!({ "selectors": selectors, "want": "CheapestSet", "free": free, "bandwidth": 1_073_741_824, "parallelism": 16 });
-    plane.accepts(&plan("whole", &whole)).await?;
-    for patch in [
-        r#"{"spec":{"want":"Cheapest"}}"#,
-        r#"{"spec":{"free":{"memory":"9Gi"}}}"#,
-        r#"{"spec":{"sourceNode":"node-b"}}"#,
-        r#"{"spec":{"bandwidth":null}}"#,
-    ] {
-        let patched = plane.kubectl(&["patch", "mplan", "whole", "--type=merge", "-p", patch], "").await?;
-        ensure!(
-            !patched.success && patched.stderr.contains("a plan does not change, but for execute"),
-            "{patch}: {}{}",
-            patched.stdout,
-            patched.stderr
-        );
-    }
-    Ok(())
+    plane.accepts(&plan("whole", &whole)).await
 }
