@@ -98,5 +98,5 @@ async fn plans_execute_is_refused_to_who_may_not_migrate() -> Result<()> {
     let selectors = json!({ "namespaceSelector": { "team": "a" }, "virtualMachineInstanceSelector": { "app": "db" } });
     let whole =
         json!({ "selectors": selectors, "want": "CheapestSet", "free": free, "bandwidth": 1_073_741_824, "parallelism": 16 });
-    plane.accepts(&plan("whole", &whole)).await
+    plane.accepts(&plan("whole", &whole)).await.map(drop)
 }
