@@ -249,11 +249,27 @@ async fn the_controller_is_on_a_leash() -> Result<()> {
     only_gates(&cluster().await?).await
 }
 
-/// What becomes of migrations of a VM that would fail, where admission is not asked: a person's, and a drain's whose target pod is held.
+/// What becomes of migrations of a VM that would fail, where admission is not asked and their target pods are held: a person's, and a drain's.
 async fn abandoned_and_let_go(plane: &ControlPlane) -> Result<()> {
     println!("--- a person's migration that would fail is abandoned, as admission is not asked here; a drain's is let go");
     let migrations = vmims(&plane.client()?, NAMESPACE);
+    let target = |pod: &str, job: Option<String>| {
+        json!({
+            "apiVersion": "v1", "kind": "Pod",
+            "metadata": {
+                "namespace": NAMESPACE, "name": pod, "annotations": { "kubevirt.io/domain": "vm1" },
+                "labels": { "kubevirt.io": "virt-launcher", "kubevirt.io/migrationJobUID": job },
+            },
+            "spec": {
+                "containers": [{ "name": "compute", "image": "virt-launcher" }], "automountServiceAccountToken": false,
+                "schedulingGates": [{ "name": "migvisor.io/dry-run" }, { "name": "other/gate" }],
+            },
+        })
+        .to_string()
+    };
     plane.accepts(&vmim_manifest(NAMESPACE, "m0", "vm1").to_string()).await?;
+    let job = migrations.get("m0").await?.uid();
+    plane.accepts(&target("virt-launcher-vm1-person", job)).await?;
     wait_for("m0 to be deleted", SOON, async || Ok(migrations.get_opt("m0").await?.is_none().then_some(()))).await?;
     event_in(plane, "MigrationAbandoned", "VirtualMachineInstanceMigration", "m0").await?;
     event_in(plane, "MigrationAbandoned", "VirtualMachineInstance", "vm1").await?;
@@ -262,18 +278,7 @@ async fn abandoned_and_let_go(plane: &ControlPlane) -> Result<()> {
     drained["metadata"]["annotations"] = json!({ "kubevirt.io/evacuationMigration": "node-a" });
     plane.accepts(&drained.to_string()).await?;
     let job = migrations.get("m1").await?.uid();
-    let target = json!({
-        "apiVersion": "v1", "kind": "Pod",
-        "metadata": {
-            "namespace": NAMESPACE, "name": "virt-launcher-vm1-target", "annotations": { "kubevirt.io/domain": "vm1" },
-            "labels": { "kubevirt.io": "virt-launcher", "kubevirt.io/migrationJobUID": job },
-        },
-        "spec": {
-            "containers": [{ "name": "compute", "image": "virt-launcher" }], "automountServiceAccountToken": false,
-            "schedulingGates": [{ "name": "migvisor.io/dry-run" }, { "name": "other/gate" }],
-        },
-    });
-    plane.accepts(&target.to_string()).await?;
+    plane.accepts(&target("virt-launcher-vm1-target", job)).await?;
     let pods: Api<Pod> = Api::namespaced(plane.client()?, NAMESPACE);
     let gates = async || {
         let pod = pods.get("virt-launcher-vm1-target").await?;

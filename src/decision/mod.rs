@@ -12,6 +12,7 @@ use k8s_openapi::jiff::Timestamp;
 use crate::{
     api::{
         MigrationForecast, MigrationForecastSpec, MigrationForecastStatus,
+        dry_run::DryRunPhase,
         forecast::{BudgetEnd, is_fresh},
         kubevirt::{VirtualMachineInstance, VirtualMachineInstanceMigration},
         migration_override::MigrationOverride,
@@ -261,9 +262,17 @@ fn act(input: &Input<'_>, present: &MigrationForecastSpec, forecast: &Forecast) 
         }
     }
     match forecast.verdict {
+        // It was let through to be tried out, and nobody did: that is not its fault, either.
+        Verdict::Fails if input.stage == Stage::Admitted && was_cut_short(input, present) => Action::AllowWithWarning,
         Verdict::Fails if !kubevirts || policy.evacuations == Evacuations::Deny => Action::Deny,
         _ => Action::AllowWithWarning,
     }
+}
+
+/// The dry run of this question was withdrawn before it had a result: by a migration, a hotplug, or the absence of a manager.
+fn was_cut_short(input: &Input<'_>, present: &MigrationForecastSpec) -> bool {
+    let tried = input.forecast.and_then(|forecast| forecast.status.as_ref()?.dry_run.as_ref());
+    tried.is_some_and(|tried| tried.phase == DryRunPhase::Cancelled && tried.is_over(&present.fingerprint(), input.now))
 }
 
 /// A dry run could tell more than what is known: the pattern alone speaks, it is not beyond hope, and none has been tried lately.

@@ -207,6 +207,23 @@ fn what_was_let_through_is_not_denied_for_the_want_of_room() {
 }
 
 #[test]
+fn what_was_let_through_to_be_tried_out_is_not_denied_because_nobody_did() {
+    let (mut object, present) = (object(spec(), &model(Verdict::Fails, 0.05), MINUTE), spec());
+    let mut policy = policy(Mode::Enforce);
+    policy.spec.dry_run = Some(DryRunPolicy { mode: DryRunMode::OnDemand, ..DryRunPolicy::default() });
+    for (phase, admitted) in [(DryRunPhase::Cancelled, Action::AllowWithWarning), (DryRunPhase::Refused, Action::Deny)] {
+        object.status.as_mut().unwrap().dry_run = Some(DryRunStatus {
+            completed_at: Some(Time(now())),
+            ..DryRunStatus::new("doubt-1", present.fingerprint(), phase, "")
+        });
+        for (stage, expected) in [(Stage::Admitted, admitted), (Stage::Request, Action::Deny)] {
+            let input = Input { policy: Some(&policy), stage, ..input(&object, &present, Mode::Enforce) };
+            assert_eq!(decide(&input).action, expected, "{phase:?} {stage:?}");
+        }
+    }
+}
+
+#[test]
 fn a_dry_run_that_ended_without_a_result_is_not_waited_for() {
     let (mut object, present) = (object(spec(), &model(Verdict::Borderline, 0.5), MINUTE), spec());
     let mut policy = policy(Mode::Enforce);

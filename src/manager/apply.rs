@@ -20,7 +20,7 @@ use super::{
     metrics::ManagerMetrics,
     observe::{Notice, OwnStatus},
 };
-use crate::api::{MigrationForecast, kubevirt::VirtualMachineInstanceMigration, names};
+use crate::api::{MigrationForecast, kubevirt::VirtualMachineInstanceMigration, migration::HintPhase, names};
 
 /// An API server that takes longer is treated as one that is away.
 pub(super) const PATIENCE: Duration = Duration::from_secs(15);
@@ -106,6 +106,15 @@ impl Writer {
     pub(super) async fn delete(&self, forecast: &MigrationForecast) -> Result<(), WriteError> {
         let (api, name, parameters) = (self.namespaced(forecast), forecast.name_any(), only_this(forecast.uid()));
         gone_is_done(self.write("delete", "forecast", forecast, api.delete(&name, &parameters)).await)
+    }
+
+    /// Tells the agent that a migration waits for its dry run no more.
+    pub(super) async fn no_longer_held(&self, forecast: &MigrationForecast) -> Result<(), WriteError> {
+        let (api, name): (Api<MigrationForecast>, _) = (self.namespaced(forecast), forecast.name_any());
+        let patch = json!({ "metadata": { "annotations": { names::hint::PHASE: HintPhase::Pending.as_str() } } });
+        // By the same hand that applies it otherwise, or the next leader would leave it as it is.
+        let parameters = PatchParams { field_manager: Some(names::MANAGER.to_owned()), ..PatchParams::default() };
+        self.write("tell the agent of", "forecast", forecast, api.patch(&name, &parameters, &Patch::Merge(patch))).await.map(drop)
     }
 
     /// Takes our gate off a target pod, if it still is the one that was seen.

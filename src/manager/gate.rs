@@ -24,6 +24,8 @@ use crate::{
 
 /// At the end of the process this long is spent on taking gates off; then the next leader does.
 const LEAVING: Duration = Duration::from_secs(2);
+/// An agent hears of it, cancels QEMU's migration and puts the settings back in less; KubeVirt takes longer from the gate to the first page.
+const GIVING_UP: Duration = Duration::from_secs(1);
 
 /// A migration of a VM, and what is to be done about it.
 #[derive(Debug, Clone)]
@@ -129,6 +131,19 @@ impl Manager {
             return;
         }
         info!(held = held.len(), "ending: letting go what is held");
+        // QEMU has one migration at a time: agents give a dry run up once no migration waits for it.
+        let tried = held.iter().filter_map(|pod| {
+            let stored = self.knowledge.forecast(pod.metadata.namespace.as_deref()?, hold::vmi_of(pod)?)?;
+            hold::is_dry_running(Some(&stored)).then_some(stored)
+        });
+        let tried: Vec<_> = tried.collect();
+        if !tried.is_empty() {
+            let told = join_all(tried.iter().map(|stored| self.writer.no_longer_held(stored)));
+            for error in timeout(LEAVING, told).await.into_iter().flatten().filter_map(Result::err) {
+                warn!(%error, "a dry run may be in the way of its migration");
+            }
+            tokio::time::sleep(GIVING_UP).await;
+        }
         let all = join_all(held.iter().map(|pod| self.writer.let_go(pod)));
         let Ok(results) = timeout(LEAVING, all).await else {
             warn!("migrations stay held until the next leader comes: the API server did not answer in time");

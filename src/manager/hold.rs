@@ -68,11 +68,6 @@ pub enum Step {
     Abandon,
 }
 
-/// Before KubeVirt hands it to the nodes: it can be ended without a trace (KubeVirt 1.9, `migration.go`).
-fn is_early(migration: &VirtualMachineInstanceMigration) -> bool {
-    matches!(migration.status.phase.as_str(), "" | "Pending" | "Scheduling")
-}
-
 /// `pod`: its target pod, if there is one. `decision`: as it is now, with the deadline of the hold in it.
 pub fn step(migration: &VirtualMachineInstanceMigration, pod: Option<&Pod>, decision: &Decision) -> Step {
     let gated = pod.is_some_and(is_gated);
@@ -80,9 +75,10 @@ pub fn step(migration: &VirtualMachineInstanceMigration, pod: Option<&Pod>, deci
     match decision.action {
         // KubeVirt takes its pod away; letting it go would only have it scheduled before.
         _ if ends || !migration.is_under_way() => Step::Leave,
-        // What is not gated moves, or is about to.
-        Action::Hold if gated || (pod.is_none() && is_early(migration)) => Step::Hold,
-        Action::Deny if gated || (pod.is_none() && is_early(migration)) => Step::Abandon,
+        // Only what the pod webhook has held: KubeVirt waits for it then, whereas a migration that is deleted before it has a pod is made
+        // anew at once and for ever where a drain wants it, and admission is not heard.
+        Action::Hold if gated => Step::Hold,
+        Action::Deny if gated => Step::Abandon,
         _ if gated => Step::LetGo,
         _ => Step::Leave,
     }

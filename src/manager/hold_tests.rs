@@ -45,9 +45,9 @@ fn every_case_has_its_step() {
     let leaving = json!({ "metadata": { "deletionTimestamp": "2026-11-22T12:00:00Z" } });
     let comes = json!({ "spec": { "receive": { "migrationID": "x" } } });
     for (migration, pod, [allow, warn, hold, deny]) in [
-        // No pod yet: it will be held, or need not begin.
-        (migration("", &none), None, [Step::Leave, Step::Leave, Step::Hold, Step::Abandon]),
-        (migration("Pending", &none), None, [Step::Leave, Step::Leave, Step::Hold, Step::Abandon]),
+        // No pod yet: the pod webhook will see to it.
+        (migration("", &none), None, [Step::Leave; 4]),
+        (migration("Pending", &none), None, [Step::Leave; 4]),
         // Held.
         (migration("Pending", &none), Some(&held), [Step::LetGo, Step::LetGo, Step::Hold, Step::Abandon]),
         (migration("Scheduling", &none), Some(&held), [Step::LetGo, Step::LetGo, Step::Hold, Step::Abandon]),

@@ -210,7 +210,8 @@ impl Knowledge {
 
     /// The target pods of the migrations of the VM of that name.
     pub fn pods_of(&self, namespace: &str, name: &str) -> Vec<Arc<Pod>> {
-        self.pods.state_filter(|pod| pod.metadata.namespace.as_deref() == Some(namespace) && hold::vmi_of(pod) == Some(name))
+        let of_vm = |pod: &Pod| hold::vmi_of(pod).unwrap_or_default() == name;
+        self.pods.state_filter(|pod| pod.metadata.namespace.as_deref() == Some(namespace) && of_vm(pod))
     }
 
     /// Which dry run is wanted for a VM of which this should be asked.
@@ -286,8 +287,12 @@ impl Knowledge {
     /// same time: a few more than the policy says may be held for a moment.
     fn room(&self, policy: Option<&PredictionPolicy>, pod: Option<&Pod>, now: Timestamp) -> Room {
         let limits = policy.and_then(|policy| policy.spec.hold).unwrap_or_default();
-        if let Some(pod) = pod.filter(|pod| hold::is_gated(pod)) {
-            return if hold::held_for(pod, now) < limits.deadline.0 { Room::Free } else { Room::OutOfTime };
+        match pod {
+            Some(pod) if hold::is_gated(pod) && hold::held_for(pod, now) < limits.deadline.0 => return Room::Free,
+            Some(pod) if hold::is_gated(pod) => return Room::OutOfTime,
+            // It goes its way: a gate is put on at a pod's creation or never.
+            Some(_) => return Room::Full,
+            None => {}
         }
         if !self.is_managed() {
             return Room::NoManager;

@@ -77,7 +77,7 @@ fn parse_scaled(text: &str, scale: f64, what: &'static str) -> Result<u64, Parse
             .iter()
             .find_map(|(suffix, factor)| trimmed.strip_suffix(suffix).map(|n| (n, *factor)))
             .and_then(|(n, factor)| n.parse::<f64>().ok().map(|n| (n, factor)))
-            .ok_or_else(|| error("write a number, with a suffix such as Mi or Gi where it needs one"))?,
+            .ok_or_else(|| error("write a number, with a suffix where it needs one, such as 100Mi or 1Gi"))?,
     };
     let value = (number * factor * scale).ceil();
     if !value.is_finite() || number.is_sign_negative() && number != 0.0 {
