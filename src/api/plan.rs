@@ -386,7 +386,7 @@ pub struct PlannedMigration {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(schema_with = "schema::optional_time")]
     pub created_at: Option<Time>,
-    /// Its phase, as KubeVirt tells it.
+    /// Its phase, as KubeVirt tells it; `Deleted` where somebody deleted it before its end.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub phase: String,
 }
