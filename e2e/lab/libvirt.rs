@@ -286,7 +286,8 @@ fn script(dir: &Path, runtime: &Path, mode: Mode, cgroup: Option<&Cgroup>) -> St
         ),
     };
     format!(
-        "{join}mkdir -p /run/libvirt\nmount --bind '{runtime}' /run/libvirt\n{start} --pid-file /run/libvirt/libvirtd.pid &\nwait\n"
+        "{join}mkdir -p /run/libvirt\nmount --bind '{runtime}' /run/libvirt\n{start} --pid-file /run/libvirt/libvirtd.pid &\n\
+         # The VMs outlive their daemon, as they do beside virt-launcher.\nwait || true\nsleep infinity\n"
     )
 }
 

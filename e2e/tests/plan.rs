@@ -206,9 +206,9 @@ async fn plan_picks_the_vm_that_exhaustive_search_picks() -> Result<()> {
         ("idle-small", 512, 0.0, 0.0),
         ("idle-large", 2048, 0.0, 0.0),
         ("calm", 1024, 0.1, 0.05),
-        ("busy-small", 512, 0.3, 0.5),
+        ("busy-small", 512, 0.3, 0.3),
         ("busy", 1024, 0.2, 0.2),
-        ("busier", 1024, 0.2, 0.4),
+        ("busier", 1024, 0.2, 0.25),
         ("large", 2048, 0.1, 0.1),
         ("wild", 1024, 0.5, 5.0),
     ] {

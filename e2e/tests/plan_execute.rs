@@ -76,6 +76,11 @@ async fn plans_execute_is_refused_to_who_may_not_migrate() -> Result<()> {
     plane.kubectl(&stop, "").await?.ok()?;
     let again = ["patch", "mplan", "of-carl", "--type=merge", "-p", r#"{"spec":{"execute":true}}"#, "--kubeconfig", &planner];
     ensure!(!plane.kubectl(&again, "").await?.success, "begun again by somebody who may not");
+    // Nor may they choose what is carried out: of-ann has been set to by carl.
+    let other =
+        ["patch", "mplan", "of-ann", "--type=merge", "-p", r#"{"spec":{"sourceNode":"node-b"}}"#, "--kubeconfig", &planner];
+    let said = plane.kubectl(&other, "").await?;
+    ensure!(!said.success && said.stderr.contains("ann may not create"), "{}{}", said.stdout, said.stderr);
     let label = ["label", "mplan", "of-ann", "a=b", "--kubeconfig", &planner];
     plane.kubectl(&label, "").await?.ok()?;
 

@@ -149,7 +149,8 @@ async fn wild_is_refused(world: &World) -> Result<()> {
         "It needs at least ",
         "Ways out: raise bandwidthPerMigration to at least ",
         "allowPostCopy",
-        r#"kubectl patch predictionpolicy house --type=merge -p '{"spec":{"mode":"Warn"}}'"#,
+        r#""kind":"MigrationOverride""#,
+        "| kubectl create -n default -f -",
     ] {
         ensure!(message.contains(part), "{part:?} is missing in: {message}");
     }

@@ -192,6 +192,8 @@ impl<L: Locate> Agent<L> {
             self.take_up();
             let until = self.begin_what_is_due().min(Instant::now() + HEARTBEAT);
             tokio::select! {
+                // The end comes before everything else: the watch ends with it, and that is no error then.
+                biased;
                 () = shutdown.draining() => break,
                 ((key, life, job), outcome) = self.running.next() => self.book(&key, &life, job, outcome),
                 changed = self.questions.changed() => changed.map_err(|_| AgentError::WatchEnded)?,

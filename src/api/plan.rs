@@ -34,7 +34,7 @@ pub const MOST: usize = 500;
     shortname = "mplan",
     category = "migvisor",
     doc = "Which VMs to move, in which order and how many at a time, so that it costs least and every migration still converges. With \
-           `execute: true` it is carried out. Like a Job, it does not change: for another plan make another one.",
+           `execute: true` it is carried out. Once it is being carried out it stands as it was, whatever its spec says.",
     printcolumn = r#"{"name": "Want", "type": "string", "jsonPath": ".spec.want"}"#,
     printcolumn = r#"{"name": "Node", "type": "string", "description": "The node that they leave", "jsonPath": ".spec.sourceNode"}"#,
     printcolumn = r#"{"name": "VMs", "type": "integer", "description": "How many are to be moved", "jsonPath": ".status.selection.vms"}"#,
@@ -383,7 +383,7 @@ pub struct PlannedMigration {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(schema_with = "schema::optional_time")]
     pub created_at: Option<Time>,
-    /// Its phase, as KubeVirt tells it.
+    /// Its phase, as KubeVirt tells it; `Deleted` where somebody deleted it before its end.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub phase: String,
 }

@@ -31,6 +31,8 @@ use crate::{
 /// The condition that says whether the plan has been carried out; its reason says how far it is, or why it stopped.
 pub const EXECUTED: &str = "Executed";
 
+/// The phase of a migration that was there and is not.
+const DELETED: &str = "Deleted";
 /// How long a migration that was created may stay unseen before it counts as deleted.
 const UNSEEN: std::time::Duration = std::time::Duration::from_secs(30);
 /// A link that offers so much less, or more, than it did is another one than was planned with.
@@ -140,10 +142,12 @@ pub fn advance(
         let recorded = stored.migrations.iter().find(|migration| migration.step == at as u64);
         match follow(plan, at, facts, recorded, schedule.steps.get(at), now) {
             Ok(Some(migration)) => {
-                if migration.phase == "Failed" && end.is_none() {
-                    let words = format!("{} {}/{} failed", migration.name, migration.namespace, name(&schedule, at));
-                    end = Some((Stop::MigrationFailed, words));
-                }
+                let of = || format!("{} of {}/{}", migration.name, migration.namespace, name(&schedule, at));
+                end = end.or_else(|| match migration.phase.as_str() {
+                    "Failed" => Some((Stop::MigrationFailed, format!("the migration {} failed", of()))),
+                    DELETED => Some((Stop::MigrationDeleted, format!("somebody deleted the migration {} before its end", of()))),
+                    _ => None,
+                });
                 record(&mut status, migration);
             }
             Ok(None) => waiting.push(at),
@@ -213,7 +217,7 @@ fn stopped(status: &MigrationPlanStatus) -> Option<(Stop, String)> {
 }
 
 fn is_final(phase: &str) -> bool {
-    matches!(phase, "Succeeded" | "Failed")
+    matches!(phase, "Succeeded" | "Failed" | DELETED)
 }
 
 fn name(schedule: &Schedule, at: usize) -> String {
@@ -245,22 +249,21 @@ fn follow(
         })),
         (None, None) => Ok(None),
         (None, Some(recorded)) if is_final(&recorded.phase) => Ok(Some(recorded.clone())),
-        (None, Some(recorded)) => unseen(facts, recorded, now).map(Some),
+        (None, Some(recorded)) => Ok(Some(unseen(facts, recorded, now))),
     }
 }
 
 /// A migration that was created, is not final, and is not there. KubeVirt keeps only the last few; the VM remembers its last.
-fn unseen(facts: &Facts, recorded: &PlannedMigration, now: Timestamp) -> Result<PlannedMigration, (Stop, String)> {
-    if let Some((_, succeeded)) = facts.last.as_ref().filter(|(uid, _)| *uid == recorded.uid) {
-        let phase = if *succeeded { "Succeeded" } else { "Failed" };
-        return Ok(PlannedMigration { phase: phase.to_owned(), ..recorded.clone() });
-    }
+fn unseen(facts: &Facts, recorded: &PlannedMigration, now: Timestamp) -> PlannedMigration {
     let age = recorded.created_at.as_ref().map_or(UNSEEN, |at| now.duration_since(at.0).unsigned_abs());
-    // Just created: the watch lags behind.
-    if age < UNSEEN {
-        return Ok(recorded.clone());
-    }
-    Err((Stop::MigrationDeleted, format!("somebody deleted the migration {} before its end", recorded.name)))
+    let phase = match facts.last.as_ref().filter(|(uid, _)| *uid == recorded.uid) {
+        Some((_, true)) => "Succeeded",
+        Some((_, false)) => "Failed",
+        // Just created: the watch lags behind.
+        None if age < UNSEEN => recorded.phase.as_str(),
+        None => DELETED,
+    };
+    PlannedMigration { phase: phase.to_owned(), ..recorded.clone() }
 }
 
 /// Notes a migration as it is now.

@@ -115,6 +115,7 @@ fn a_plan_stops_when_something_fails_or_the_picture_is_another() {
         let (advance, reason) = look(change);
         assert_eq!((reason.as_str(), advance.status.phase), (expected, Some(Phase::Stopped)));
         assert!(advance.start.is_empty(), "{expected}: {:?}", advance.start);
+        assert!(is_over(&advance.status), "{expected}");
         // For good, even when the picture is as it was.
         let plan = planned(true);
         let again = super::advance(&plan, &advance.status, &facts(), &[], &terms(&plan), now());

@@ -7,7 +7,8 @@
 
 use super::Need;
 
-/// Nodes of the search. 40 VMs, half of whose memory and processors is to be freed, need 400 at the median and 4 000 at worst (of 40 draws).
+/// Nodes of the search. 40 VMs, half of whose memory and processors is to be freed, need 400 at the median and 4 000 at worst (of 40
+/// draws).
 const NODES: u32 = 200_000;
 /// More VMs than this are not searched: the first set is improved, and the bound stated.
 const SEARCHED: usize = 400;

@@ -1,12 +1,12 @@
 //! Migrations that share links: in which order, how many at a time, and how long all of it takes.
 //!
-//! In: who is to go, each with its course over all bandwidths, and the limits. Out: the order and parallelism with the least makespan among
-//! those in which every member still converges, beside one by one and all at once.
+//! In: who is to go, each with its course over all bandwidths, and the limits. Out: the order and parallelism with the least makespan
+//! among those in which every member still converges, beside one by one and all at once.
 //!
-//! **The model.** A plan is an order and a number k: whenever fewer than k of a node's members (and fewer than the cluster's limit) are under
-//! way, the next one of the order whose node has room is started. Those that leave a node share its link equally; what one cannot use (its
-//! cap) the others have. A migration goes on at the pace of its present rate: it gets 1/T(B) further in each ms. It converges only if it would
-//! with the least that it may have, a k-th of its link, all the time. The links of the nodes they go to are not counted.
+//! **The model.** A plan is an order and a number k: whenever fewer than k of a node's members (and fewer than the cluster's limit) are
+//! under way, the next one of the order whose node has room is started. Those that leave a node share its link equally; what one cannot
+//! use (its cap) the others have. A migration goes on at the pace of its present rate: it gets 1/T(B) further in each ms. It converges
+//! only if it would with the least that it may have, a k-th of its link, all the time. The links of the nodes they go to are not counted.
 //!
 //! All k up to KubeVirt's limits are tried, each with all orders up to [`COUNTED`] members, and with the longest first and the
 //! cheapest first beyond. The bound says how far from the least any of this can be.
