@@ -210,7 +210,10 @@ async fn a_hold_never_outlives_its_purpose() -> Result<()> {
     ensure!(note.contains("The MigrationOverride by-hand lets it through (the rack is on fire)"), "{note}");
     let change = ["patch", "mo", "by-hand", "-n", NAMESPACE, "--type=merge", "-p", r#"{"spec":{"reason":"the rack is cold"}}"#];
     let refused = world.plane().kubectl(&change, "").await?;
-    ensure!(refused.ok().is_err_and(|said| said.to_string().contains("an override is a record and cannot be changed")), "changed");
+    ensure!(
+        refused.ok().is_err_and(|said| said.to_string().contains("an override is a record and cannot be changed")),
+        "changed"
+    );
 
     println!("--- the policy changes its mind");
     doubted(&world, "audited").await?;
