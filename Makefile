@@ -3,6 +3,8 @@
 SHELL := /bin/bash
 # Where cargo puts what it builds.
 TARGET := $(or $(CARGO_TARGET_DIR),target)
+# What tests note that this machine could not show.
+SKIPPED := $(abspath $(TARGET))/skipped.txt
 
 .NOTPARALLEL:
 
@@ -24,7 +26,9 @@ demo: setup build ## Show the main job: a real API server, real guests, forecast
 
 .PHONY: test
 test: kvm setup check build ## Run all checks and all tests (without /dev/kvm: ALLOW_NO_KVM=1 make test)
-	cargo test --workspace --locked --no-fail-fast
+	@rm -f $(SKIPPED)
+	MIGVISOR_SKIPPED=$(SKIPPED) cargo test --workspace --locked --no-fail-fast; ended=$$?; \
+	  if [ -s $(SKIPPED) ]; then echo; echo "Skipped on this machine:"; sort -u $(SKIPPED) | sed 's/^/  /'; fi; exit $$ended
 
 .PHONY: soak
 soak: kvm setup build ## Prove in full that a dry run never stops its guest: 200 runs, 10 kills (15 to 25 minutes)

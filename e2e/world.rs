@@ -3,118 +3,26 @@
 //! In: which guests. Out: a [`World`] in which a VirtualMachineInstanceMigration that is admitted really moves its guest from
 //! one QEMU to another. The demonstration and the product's own tests live in it. It ends with its value.
 
-use std::{
-    collections::HashMap,
-    os::unix::fs::PermissionsExt,
-    path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{collections::HashMap, os::unix::fs::PermissionsExt, path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result, anyhow};
 use kube::Api;
-use migvisor::{api::MigrationForecast, model::forecast::HostConstants, qemu::migration};
+use migvisor::{api::MigrationForecast, model::forecast::HostConstants};
 use nix::sys::signal::Signal;
 use rustls::pki_types::{CertificateDer, pem::PemObject};
 use serde_json::{Value, json};
 
 use crate::{
     cluster::{ControlPlane, Process, WebhookCertificate, free_port},
-    kubevirt::{self, Job, KubeVirt, Mover, Order, objects, running_vmi},
-    lab::{self, DomainSpec, GuestSpec, Launcher, Settings, Truth, Vm, VmSpec, cgroup::Driver, libvirt::Mode},
+    kubevirt::{self, KubeVirt, objects, running_vmi},
+    lab::{DomainSpec, GuestSpec, Launcher, Truth, Vm, VmSpec, cgroup::Driver, libvirt::Mode},
+    mover::{Guests, LabMover, domain, socket},
 };
 
 /// The node that every guest starts on.
 pub const NODE: &str = "node-a";
 /// The node that they are moved to.
 pub const OTHER_NODE: &str = "node-b";
-/// KubeVirt's part keeps the clock; the laboratory's own budget only has to be longer.
-const SLACK: Duration = Duration::from_secs(60);
-
-/// The guests, by namespace and name, and what became of their migrations.
-#[derive(Debug, Default)]
-struct Guests {
-    vms: Mutex<HashMap<(String, String), Vm>>,
-    truths: Mutex<HashMap<(String, String), Truth>>,
-}
-
-impl Guests {
-    fn take(&self, key: &(String, String)) -> Result<Vm> {
-        let vm = self.vms.lock().unwrap_or_else(PoisonError::into_inner).remove(key);
-        vm.ok_or_else(|| anyhow!("no guest {}/{} runs here, or it is being moved", key.0, key.1))
-    }
-
-    fn put(&self, key: &(String, String), vm: Vm) {
-        self.vms.lock().unwrap_or_else(PoisonError::into_inner).insert(key.clone(), vm);
-    }
-}
-
-/// Moves a guest between two QEMUs, as virt-launcher would.
-struct LabMover {
-    guests: Arc<Guests>,
-    sockets: PathBuf,
-}
-
-impl Mover for LabMover {
-    async fn migrate(&self, job: Job) -> kubevirt::Outcome {
-        match self.try_migrate(job).await {
-            Ok(outcome) => outcome,
-            Err(error) => kubevirt::Outcome::failure(format!("{error:#}")),
-        }
-    }
-}
-
-impl LabMover {
-    async fn try_migrate(&self, mut job: Job) -> Result<kubevirt::Outcome> {
-        let key = (job.namespace.clone(), job.vmi.clone());
-        let mut source = self.guests.take(&key)?;
-        let spec = source.spec().clone().qmp(socket(&self.sockets, &job.target.pod_uid));
-        let mut target = match Vm::incoming(spec).await {
-            Ok(target) => target,
-            Err(error) => {
-                self.guests.put(&key, source);
-                return Err(error);
-            }
-        };
-        let settings = Settings {
-            bandwidth: job.bandwidth,
-            time_budget: job.time_budget.unwrap_or(Duration::from_secs(3600)) + SLACK,
-            ..Settings::uncapped()
-        };
-        let ended = tokio::select! {
-            ended = lab::migrate(&mut source, &mut target, settings) => ended.map(Some),
-            () = aborted(&mut job) => Ok(None),
-        };
-        let outcome = match ended {
-            Ok(Some(truth)) => {
-                let outcome = match truth.status {
-                    lab::Outcome::Completed => kubevirt::Outcome::success(),
-                    lab::Outcome::TimedOut | lab::Outcome::Failed => kubevirt::Outcome::aborted(),
-                };
-                self.guests.truths.lock().unwrap_or_else(PoisonError::into_inner).insert(key.clone(), truth);
-                outcome
-            }
-            Ok(None) => {
-                migration::cancel(source.lab()).await?;
-                kubevirt::Outcome::aborted()
-            }
-            Err(error) => kubevirt::Outcome::failure(format!("{error:#}")),
-        };
-        self.guests.put(&key, if outcome.succeeded { target } else { source });
-        Ok(outcome)
-    }
-}
-
-async fn aborted(job: &mut Job) {
-    let mut order = Order::GoOn;
-    while order != Order::Abort {
-        order = job.next_order(order).await;
-    }
-}
-
-fn socket(directory: &Path, pod_uid: &str) -> PathBuf {
-    directory.join(format!("{pod_uid}.sock"))
-}
 
 /// See the module.
 pub struct World {
@@ -160,7 +68,8 @@ impl World {
         let directory = plane.directory();
         std::fs::set_permissions(directory, PermissionsExt::from_mode(0o711)).context("cannot open the world's directory")?;
         std::fs::create_dir(directory.join("pods")).context("cannot make the directory of pods")?;
-        let kubevirt = KubeVirt::start(client, LabMover { guests: Arc::clone(&guests), sockets });
+        let pods = directory.join("pods");
+        let kubevirt = KubeVirt::start(client, LabMover { guests: Arc::clone(&guests), sockets, pods });
         let local = |port: u16| format!("127.0.0.1:{port}");
         Ok(Self {
             kubevirt: Some(kubevirt),
@@ -200,7 +109,7 @@ impl World {
     }
 
     /// Boots a guest in a pod with a libvirt of its own, and announces it as a running VMI on [`NODE`]. It lives as long as what
-    /// is returned, and cannot be migrated in this world.
+    /// is returned, and can be migrated in this world once that is [settled](Self::settle).
     pub async fn boot_in_pod(
         &self,
         namespace: &str,
@@ -209,12 +118,30 @@ impl World {
         mode: Mode,
         driver: Option<Driver>,
     ) -> Result<Launcher> {
-        let spec = DomainSpec::new(&format!("{namespace}_{name}"), guest);
+        let spec = DomainSpec::new(&domain(namespace, name), guest);
         let memory = format!("{}Mi", spec.memory_mib);
         let side = running_vmi(&self.plane.client()?, namespace, name, NODE, &memory).await?;
         let mut launcher = Launcher::start(&self.pods(), &side.pod_uid, mode, driver).await?;
         launcher.boot(&spec).await?;
         Ok(launcher)
+    }
+
+    /// Leaves a guest in a pod to this world, where KubeVirt's part may migrate it.
+    pub fn settle(&self, namespace: &str, name: &str, launcher: Launcher) {
+        self.guests.put_launcher(&(namespace.to_owned(), name.to_owned()), launcher);
+    }
+
+    /// The socket of the libvirt of a guest in a pod.
+    pub fn libvirt(&self, namespace: &str, name: &str) -> Result<PathBuf> {
+        let socket = self.guests.libvirt(&(namespace.to_owned(), name.to_owned()));
+        socket.with_context(|| format!("no pod of {namespace}/{name} is here"))
+    }
+
+    /// Takes a guest in a pod, its domain's name with it, out of the world.
+    pub fn take_pod(&self, namespace: &str, name: &str) -> Result<(Launcher, String)> {
+        let launcher = self.guests.take_launcher(&(namespace.to_owned(), name.to_owned()));
+        let launcher = launcher.with_context(|| format!("no pod of {namespace}/{name} is here, or it is being migrated"))?;
+        Ok((launcher, domain(namespace, name)))
     }
 
     /// Takes a guest out of the world, to do with it as one likes.
@@ -243,8 +170,7 @@ impl World {
 
     /// What became of a guest's migration: the truth, as QEMU told it.
     pub fn truth(&self, namespace: &str, name: &str) -> Option<Truth> {
-        let truths = self.guests.truths.lock().unwrap_or_else(PoisonError::into_inner);
-        truths.get(&(namespace.to_owned(), name.to_owned())).cloned()
+        self.guests.truth(&(namespace.to_owned(), name.to_owned()))
     }
 
     /// Starts `migvisor agent` for [`NODE`], with this host's constants, and waits until it is ready.

@@ -7,13 +7,18 @@ use std::{process::ExitCode, time::Duration};
 
 use anyhow::{Context, Result, bail, ensure};
 use migvisor::model::{
-    forecast::Forecast,
+    forecast::{Forecast, HostConstants},
     units::{Bandwidth, BytesPerSecond},
 };
 use migvisor_e2e::{
     cluster::product,
     kubevirt::vmim_manifest,
-    lab::{self, GuestSpec, Settings, Vm, VmSpec, host},
+    lab::{
+        self, GuestSpec, Settings,
+        cgroup::{Cgroup, Driver},
+        host,
+        libvirt::Mode,
+    },
     world::World,
 };
 use serde_json::json;
@@ -24,6 +29,9 @@ const NAMESPACE: &str = "default";
 const BANDWIDTH_MIB: u64 = 64;
 /// `completionTimeoutPerGiB`, as some distributions ship it: 20 s for a guest of up to 10⁹ bytes.
 const SECONDS_PER_GB: u64 = 20;
+/// Pods that the API server does not know.
+const NOBODYS_POD: &str = "99999999-9999-9999-9999-999999999999";
+const OTHER_POD: &str = "11111111-2222-3333-4444-555555555555";
 /// Writes 4 of its 16 384 pages (64 MiB) per ms.
 const CALM: GuestSpec = GuestSpec::uniform(16_384, 4);
 /// Writes 60 of its 65 536 pages (256 MiB) per ms: up to 234 MiB/s.
@@ -65,15 +73,22 @@ async fn demo() -> Result<()> {
     say("A PredictionPolicy says: Enforce. Migrations that are forecast to fail are refused.");
 
     chapter("Two virtual machines");
-    let calm_qmp = world.boot(NAMESPACE, "calm", VmSpec::new(CALM)).await?;
-    let wild_qmp = world.boot(NAMESPACE, "wild", VmSpec::new(WILD)).await?;
+    let cgroups = Cgroup::of_pod(NOBODYS_POD, Driver::Cgroupfs).is_ok();
+    for (name, guest) in [("calm", CALM), ("wild", WILD)] {
+        let driver = cgroups.then_some(Driver::Cgroupfs);
+        let launcher = world.boot_in_pod(NAMESPACE, name, guest, Mode::System, driver).await?;
+        world.settle(NAMESPACE, name, launcher);
+    }
     say(
         "Two real QEMU guests of 512 MiB run now. `calm` writes 16 MiB/s into 64 MiB; `wild` writes up to 234 MiB/s into 256 MiB.",
     );
+    say("Each is a domain of a libvirt of its own, which lies in its pod's directory as KubeVirt and the kubelet put it.");
 
     chapter("MigVisor watches them");
     world.start_controller(&[]).await?;
-    world.start_agent(&host, &[]).await?;
+    // Without cgroups nobody can tell which process is whose: then QEMU itself has to measure.
+    let more: &[&str] = if cgroups { &[] } else { &["--source", "page-sampling"] };
+    world.start_agent_on_pods(&host, more).await?;
     say(
         "`migvisor controller` asks one question per VM, `migvisor agent` looks at the guest's memory from outside for 13 s each.",
     );
@@ -81,7 +96,7 @@ async fn demo() -> Result<()> {
         world.forecast(NAMESPACE, name, Duration::from_secs(60)).await?;
     }
     kubectl(&world, &["get", "migrationforecasts", "-o", "wide"]).await?;
-    let (calm, wild) = tokio::try_join!(predict(&calm_qmp, &host), predict(&wild_qmp, &host))?;
+    let (calm, wild) = tokio::try_join!(predict(&world, "calm", &host), predict(&world, "wild", &host))?;
 
     chapter("Migrating the calm one: admitted");
     apply(&world, "calm").await?;
@@ -103,28 +118,28 @@ async fn demo() -> Result<()> {
         "The refused migration is done now all the same, without Kubernetes, for the {SECONDS_PER_GB} s that KubeVirt would have given it."
     ));
     let calm_truth = world.truth(NAMESPACE, "calm").context("the calm guest's migration left no figures")?;
-    let mut source = world.take(NAMESPACE, "wild")?;
-    let mut target = Vm::incoming(VmSpec::new(WILD)).await?;
+    let (source, domain) = world.take_pod(NAMESPACE, "wild")?;
+    let target = source.like(&world.pods(), OTHER_POD).await?;
     let settings = Settings {
         bandwidth: Bandwidth::Capped(BytesPerSecond(BANDWIDTH_MIB << 20)),
         time_budget: Duration::from_secs(SECONDS_PER_GB),
         ..Settings::uncapped()
     };
-    let wild_truth = lab::migrate(&mut source, &mut target, settings).await?;
+    let wild_truth = lab::migrate_domain(&source, &target, &domain, settings).await?;
     compare::print("calm", &calm, &calm_truth);
     compare::print("wild", &wild, &wild_truth);
     Ok(())
 }
 
 /// What `migvisor predict` says of a guest; the baselines come from here.
-async fn predict(qmp: &std::path::Path, host: &migvisor::model::forecast::HostConstants) -> Result<Forecast> {
+async fn predict(world: &World, name: &str, host: &HostConstants) -> Result<Forecast> {
     let directory = tempfile::tempdir()?;
     let constants = directory.path().join("host.json");
     std::fs::write(&constants, serde_json::to_vec(host)?)?;
     let output = tokio::process::Command::new(product::binary()?)
         .args(["predict", "--bandwidth", &format!("{BANDWIDTH_MIB}Mi"), "--time-budget", &format!("{SECONDS_PER_GB}s")])
-        .args(["-o", "json", "--qmp"])
-        .arg(qmp)
+        .args(["-o", "json", "--libvirt"])
+        .arg(world.libvirt(NAMESPACE, name)?)
         .arg("--host")
         .arg(&constants)
         .kill_on_drop(true)

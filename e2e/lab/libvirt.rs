@@ -76,6 +76,7 @@ impl DomainSpec {
 pub struct Launcher {
     process: Process,
     mode: Mode,
+    driver: Option<Driver>,
     socket: PathBuf,
     // After the processes in it.
     _cgroup: Option<Cgroup>,
@@ -106,13 +107,18 @@ impl Launcher {
         command.args(["--uts", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child=KILL", "--mount-proc"]);
         command.args(["bash", "-euc", &script]);
         let process = Process::start("libvirtd", command, dir.path().join("libvirtd.log"))?;
-        let mut launcher = Self { process, mode, socket: runtime.join("virtqemud-sock"), _cgroup: cgroup, dir };
+        let mut launcher = Self { process, mode, driver, socket: runtime.join("virtqemud-sock"), _cgroup: cgroup, dir };
         // One daemon for everything bears another name than KubeVirt's.
         launcher.appears(&runtime.join("libvirt-sock")).await?;
         fs::rename(runtime.join("libvirt-sock"), &launcher.socket)?;
         // The same socket under a name that is short enough for virsh.
         fs::hard_link(&launcher.socket, launcher.dir.path().join("s")).context("the pods' directory lies on another disk")?;
         Ok(launcher)
+    }
+
+    /// Another one of the same kind, for another pod: where a domain can be migrated to.
+    pub async fn like(&self, pods: &Path, pod_uid: &str) -> Result<Self> {
+        Self::start(pods, pod_uid, self.mode, self.driver).await
     }
 
     async fn appears(&mut self, path: &Path) -> Result<()> {
@@ -149,10 +155,15 @@ impl Launcher {
 
     /// Runs virsh against this daemon; its output.
     pub async fn virsh(&self, arguments: &[&str]) -> Result<String> {
+        tokio::time::timeout(PATIENCE, self.virsh_for_long(arguments)).await.context("virsh does not end")?
+    }
+
+    /// The same, for what takes its time: a migration. Whoever drops this ends it.
+    pub(super) async fn virsh_for_long(&self, arguments: &[&str]) -> Result<String> {
         let uri = self.uri();
         let mut command = tokio::process::Command::from(Command::new("virsh"));
         command.args(["-q", "-c", &uri]).args(arguments).kill_on_drop(true);
-        let output = tokio::time::timeout(PATIENCE, command.output()).await.context("virsh does not end")??;
+        let output = command.output().await?;
         let said = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         ensure!(
             output.status.success(),

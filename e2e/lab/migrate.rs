@@ -171,7 +171,7 @@ async fn wait_running(target: &mut Vm) -> Result<()> {
     }
 }
 
-fn truth(info: &MigrationInfo, status: Outcome) -> Truth {
+pub(super) fn truth(info: &MigrationInfo, status: Outcome) -> Truth {
     let ram = info.ram.unwrap_or_default();
     Truth {
         status,

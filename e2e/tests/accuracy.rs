@@ -16,10 +16,13 @@ use migvisor::{
         units::BytesPerSecond,
     },
 };
-use migvisor_e2e::lab::{
-    GuestSpec, Outcome, Truth,
-    Under::{self, Cap, Link},
-    Vm, VmSpec, Writes, host, migrate,
+use migvisor_e2e::{
+    lab::{
+        GuestSpec, Outcome, Truth,
+        Under::{self, Cap, Link},
+        Vm, VmSpec, Writes, host, migrate,
+    },
+    skip::unless_kvm,
 };
 
 /// A failing case takes as long as its budget: 20 s per decimal GB, as some distributions ship.
@@ -120,6 +123,9 @@ async fn run(name: &str, guest: GuestSpec, memory_mib: u32, host: HostConstants,
 #[tokio::test(flavor = "multi_thread")]
 async fn forecasts_of_live_guests_meet_their_migrations() {
     let _alone = ALONE.lock().await;
+    if !unless_kvm("forecasts beside real migrations") {
+        return;
+    }
     let host = host::calibrate().await.unwrap();
     println!("{host:?}");
     let skewed = GuestSpec::hot(49_152, 40, 2048, 90);
@@ -166,6 +172,9 @@ fn judge<'a>(what: &str, cases: impl Iterator<Item = &'a Case>) -> (f64, f64) {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_sampler_meets_the_closed_form() {
     let _alone = ALONE.lock().await;
+    if !unless_kvm("the sampler against the closed form of a paced guest") {
+        return;
+    }
     let guest = GuestSpec::uniform(16_384, 40);
     let vm = Vm::start(VmSpec::new(guest)).await.unwrap();
     let target = Target { monitor: vm.qmp().to_owned().into(), pid: None };

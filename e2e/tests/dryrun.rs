@@ -7,7 +7,7 @@ use migvisor::{
     dryrun::{self, End, Plan, Progress},
     model::{
         forecast::{CostWeights, HostConstants, Method, Question, Sla, Verdict},
-        units::{Bandwidth, Bytes},
+        units::{Bandwidth, Bytes, BytesPerSecond},
     },
     qemu::{
         migration::{self, MigrationStatus},
@@ -18,6 +18,7 @@ use migvisor_e2e::{
     cluster::product,
     lab::{GuestSpec, Vm, VmSpec},
     process::{Process, dying_with_us},
+    skip::unless_kvm,
     soak::{self, Belongings, Summary, capped, dry_run, guest, never_stopped, product_monitor},
 };
 use serde_json::{Value, json};
@@ -38,6 +39,9 @@ const SHARED_CORES: Duration = Duration::from_millis(250);
 #[tokio::test(flavor = "multi_thread")]
 async fn no_dry_run_ever_stops_a_guest() {
     let _alone = ALONE.lock().await;
+    if !unless_kvm("a paced guest's longest pause in a dry run") {
+        return;
+    }
     let mut summary = Summary::default();
     let done = soak::runs(20, &mut summary, |_| ()).await;
     println!("{summary}");
@@ -48,6 +52,9 @@ async fn no_dry_run_ever_stops_a_guest() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_dry_run_leaves_a_running_guest_and_its_settings_to_the_next() {
     let _alone = ALONE.lock().await;
+    if !unless_kvm("a paced guest's longest pause around the end of a killed dry run") {
+        return;
+    }
     let mut summary = Summary::default();
     let mut moments = [0.2, 0.5, 0.9].into_iter();
     soak::kills(3, &mut summary, || moments.next().unwrap()).await.unwrap();
@@ -102,6 +109,31 @@ async fn one_run_answers_several_limits() {
         heard.iter().any(|one| one.remaining < heard[0].remaining) && heard.iter().any(|one| one.rate.0 > 100 << 20),
         "{heard:?}"
     );
+}
+
+/// As many as QEMU has; a process that may not open so many files says so, and touches nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn as_many_channels_as_qemu_has() {
+    let _alone = ALONE.lock().await;
+    let (mut vm, _) = guest().await.unwrap();
+    // Once before: threads and allocations that stay.
+    let plan = Plan { channels: 255, link: Some(BytesPerSecond(200 << 20)), ..capped(200) };
+    let report = dry_run(&vm, &plan).await.unwrap();
+    assert_eq!(report.end, End::Met, "{report:?}");
+    let before = Belongings::of(&mut vm).await.unwrap();
+    let report = dry_run(&vm, &plan).await.unwrap();
+    assert!(report.end == End::Met && report.normal_pages > 16_384, "{report:?}");
+    before.unchanged(&mut vm).await.unwrap();
+    never_stopped(&mut vm).await.unwrap();
+
+    let state = tempfile::tempdir().unwrap();
+    let mut command = tokio::process::Command::new("prlimit");
+    command.arg("--nofile=100").arg(product::binary().unwrap()).args(["dry-run", "--bandwidth", "200Mi", "--channels", "100"]);
+    command.arg("--qmp").arg(vm.qmp()).arg("--state-dir").arg(state.path()).kill_on_drop(true);
+    let output = command.output().await.unwrap();
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.code() == Some(3) && said.contains("100 channels need") && said.contains("ulimit -n"), "{output:?}");
+    before.unchanged(&mut vm).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -13,6 +13,7 @@ use migvisor_e2e::{
         Under::{self, Cap, Link},
         Vm, VmSpec, host, migrate,
     },
+    skip::unless_kvm,
     soak::dry_run,
 };
 
@@ -86,6 +87,9 @@ async fn side_by_side(name: &str, guest: GuestSpec, host: HostConstants, under: 
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_dry_run_tells_what_the_migration_does() {
+    if !unless_kvm("dry runs beside real migrations") {
+        return;
+    }
     let host = host::calibrate().await.unwrap();
     println!("{host:?}");
     let mut errors = vec![];

@@ -4,7 +4,10 @@
 use std::time::Duration;
 
 use migvisor::qemu::dirty_rate::{DirtyRateMode, calc_dirty_rate};
-use migvisor_e2e::lab::{GuestSpec, Outcome, Settings, Vm, VmSpec, host, migrate, vm};
+use migvisor_e2e::{
+    lab::{GuestSpec, Outcome, Settings, Vm, VmSpec, host, migrate},
+    skip::unless_kvm,
+};
 use tokio::sync::Mutex;
 
 /// Guests share two cores: one test at a time.
@@ -31,7 +34,7 @@ async fn a_uniform_guest_meets_the_closed_form() {
     let _one = MACHINE.lock().await;
     let guest = GuestSpec::uniform(16_384, 40);
     let mut vm = Vm::start(VmSpec::new(guest)).await.unwrap();
-    if !vm::kvm() {
+    if !unless_kvm("the closed form of a uniform guest") {
         return;
     }
     for (ms, repeats) in [(100, 9), (400, 5), (1600, 5)] {
@@ -44,7 +47,7 @@ async fn a_uniform_guest_meets_the_closed_form() {
 async fn every_other_pattern_writes_what_it_says() {
     let _one = MACHINE.lock().await;
     let mut idle = Vm::start(VmSpec::new(GuestSpec::still(4096))).await.unwrap();
-    if !vm::kvm() {
+    if !unless_kvm("the write patterns of the laboratory's guests") {
         return;
     }
     let (pages, _) = dirtied(&mut idle, 400, 3).await;
@@ -84,7 +87,7 @@ async fn a_capped_migration_takes_as_long_as_on_the_reference_host() {
     println!("{truth:?}");
     assert_eq!(truth.status, Outcome::Completed);
     assert!(!source.is_alive());
-    if !vm::kvm() {
+    if !unless_kvm("a capped migration as long as on the reference host") {
         return;
     }
     assert!((1736.0 * 0.95..=1931.0 * 1.05).contains(&(truth.total_ms as f64)), "total {}", truth.total_ms);

@@ -3,18 +3,23 @@
 
 use std::{path::Path, process::Output, time::Duration};
 
-use migvisor::qemu::{
-    dirty_rate::{DirtyRateMode, calc_dirty_rate},
-    libvirt::{LibvirtAddress, LibvirtError, Socket},
-    migration::{self, MigrationStatus},
-    monitor::{Address, Monitor},
-    qmp::QmpError,
-    ram::guest_ram,
-    vm::{VmError, ensure_measurable},
+use migvisor::{
+    dryrun::{self, DryRunError, Plan},
+    qemu::{
+        dirty_rate::{DirtyRateMode, calc_dirty_rate},
+        libvirt::{LibvirtAddress, LibvirtError, Socket},
+        migration::{self, MigrationStatus},
+        monitor::{Address, Monitor},
+        qmp::QmpError,
+        ram::guest_ram,
+        vm::{VmError, ensure_measurable},
+    },
 };
 use migvisor_e2e::{
     cluster::product,
-    lab::{DomainSpec, GuestSpec, Launcher, Vm, VmSpec, libvirt::Mode, vm::kvm},
+    lab::{DomainSpec, GuestSpec, Launcher, Vm, VmSpec, libvirt::Mode},
+    skip::unless_kvm,
+    soak::capped,
 };
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
@@ -127,7 +132,7 @@ async fn commands_pass_through_and_errors_are_qemus() {
     let began = Instant::now();
     assert_eq!(monitor.next_event(began + Duration::from_millis(200)).await.unwrap(), None);
     assert!(began.elapsed() >= Duration::from_millis(200));
-    if kvm() {
+    if unless_kvm("a dirty bitmap through libvirt") {
         let rate = calc_dirty_rate(&mut monitor, Duration::from_millis(400), DirtyRateMode::DirtyBitmap).await.unwrap();
         let expected = GUEST.uniform_curve(rate.window.as_secs_f64() * 1000.0);
         assert!((rate.pages() as f64 / expected - 1.0).abs() < 0.1, "{rate:?} instead of {expected}");
@@ -240,6 +245,50 @@ async fn a_domain_that_migrates_is_read_along_and_not_measured() {
     assert!(migrated.unwrap_err().to_string().contains("abort"));
     let mut monitor = Monitor::connect(&address(source.socket(), None), SHORT).await.unwrap();
     assert!(ensure_measurable(&mut monitor).await.unwrap().running, "it runs on where it was");
+}
+
+/// What a domain's QEMU has set for migrations.
+async fn settings(at: &Address) -> (Value, Value) {
+    let mut monitor = Monitor::connect(at, SHORT).await.unwrap();
+    let parameters = monitor.execute("query-migrate-parameters", Value::Null).await.unwrap();
+    (parameters, monitor.execute("query-migrate-capabilities", Value::Null).await.unwrap())
+}
+
+/// A daemon that hangs in mid-run for longer than anybody waits: everything is back as soon as it answers again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dry_run_outlasts_a_daemon_that_hangs() {
+    let _one = MACHINE.lock().await;
+    let (pods, kept) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let mut launcher = launcher(&pods, Mode::System).await;
+    launcher.boot(&DomainSpec::new("default_one", GuestSpec::uniform(32_768, 60))).await.unwrap();
+    let at = address(launcher.socket(), None);
+    let held_before = held();
+    let before = settings(&at).await;
+    let monitor = Monitor::connect(&at, Duration::from_secs(5)).await.unwrap();
+    let plan = Plan { journal: Some(kept.path().to_owned()), ..capped(30) };
+    let running = tokio::spawn(async move { dryrun::run(monitor, &plan, |_| (), std::future::pending()).await });
+    let mut other = Monitor::connect(&at, SHORT).await.unwrap();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while migration::query(&mut other).await.unwrap().ram.is_none_or(|ram| ram.transferred.0 < 32 << 20) {
+        assert!(Instant::now() < deadline && !running.is_finished(), "it does not begin");
+        sleep(Duration::from_millis(50)).await;
+    }
+    drop(other);
+    assert_ne!(settings(&at).await, before, "it borrows nothing");
+    launcher.signal(Signal::SIGSTOP).unwrap();
+    sleep(Duration::from_secs(9)).await;
+    assert!(!running.is_finished(), "it does not even try to put things back");
+    assert_eq!(std::fs::read_dir(kept.path()).unwrap().count(), 1, "what was borrowed is written down");
+    launcher.signal(Signal::SIGCONT).unwrap();
+    let error = tokio::time::timeout(Duration::from_secs(12), running).await.unwrap().unwrap().unwrap_err();
+    println!("{error}");
+    assert!(matches!(&error, DryRunError::Qmp(QmpError::TimedOut { .. })), "{error:?}");
+    assert_eq!(settings(&at).await, before);
+    assert_eq!(std::fs::read_dir(kept.path()).unwrap().count(), 0, "what is put back is forgotten");
+    let mut monitor = Monitor::connect(&at, SHORT).await.unwrap();
+    assert!(ensure_measurable(&mut monitor).await.unwrap().running, "the guest runs, and nothing migrates");
+    drop(monitor);
+    nothing_stays(held_before).await;
 }
 
 async fn ticks(time: Duration) -> usize {

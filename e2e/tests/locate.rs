@@ -19,6 +19,7 @@ use migvisor_e2e::{
         cgroup::{Cgroup, Driver},
         libvirt::{Mode, RUNTIME},
     },
+    skip,
 };
 use tempfile::TempDir;
 use tokio::{process::Command, sync::Mutex};
@@ -34,7 +35,7 @@ fn cgroups() -> bool {
     match Cgroup::of_pod("99999999-9999-9999-9999-999999999999", Driver::Cgroupfs) {
         Ok(_) => true,
         Err(error) => {
-            eprintln!("SKIPPED: identity by cgroup cannot be shown here: {error:#}");
+            skip::note(&format!("identity by cgroup: {error:#}"));
             false
         }
     }

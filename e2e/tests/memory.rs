@@ -1,14 +1,18 @@
 //! Guests whose memory is not one plain block: what the sampler sees of it, and that it does not grow by being looked at.
 #![allow(clippy::unwrap_used, missing_docs)]
 
-use std::{fs, time::Duration};
+use std::time::Duration;
 
 use migvisor::{
     collector::{CollectError, LookOptions, Observation, Seen, SourceKind, Target, memory::MemoryError, observe},
     model::units::{Bytes, PAGE},
     qemu::vm::VmError,
 };
-use migvisor_e2e::lab::{DomainSpec, GuestSpec, Launcher, Vm, VmSpec, libvirt::Mode};
+use migvisor_e2e::lab::{
+    DomainSpec, GuestSpec, Launcher, Vm, VmSpec,
+    libvirt::Mode,
+    memory::{HugePages, kib},
+};
 use tokio::sync::Mutex;
 
 /// Guests share two cores, and the machine's memory is counted: one test at a time.
@@ -42,13 +46,6 @@ fn assert_seen(seen: &Observation, guest: &GuestSpec, memory_mib: u64) {
     assert!(trace.samples.iter().all(|sample| sample.zero || (sample.page as f64) < last), "data where there is none");
 }
 
-/// A field of a `/proc` file, in KiB.
-fn kib(path: &str, field: &str) -> u64 {
-    let text = fs::read_to_string(path).unwrap();
-    let line = text.lines().find(|line| line.starts_with(field)).unwrap_or_else(|| unreachable!("no {field} in {path}"));
-    line.split_ascii_whitespace().nth(1).unwrap().parse().unwrap()
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn two_backends_are_one_guest() {
     let _one = MACHINE.lock().await;
@@ -70,7 +67,7 @@ async fn shared_memory_does_not_grow_by_being_looked_at() {
     let shared = ["-object", "memory-backend-memfd,id=m0,size=512M,share=on", "-machine", "memory-backend=m0"];
     let vm = Vm::start(VmSpec::new(ACROSS).extra(&shared)).await.unwrap();
     let status = format!("/proc/{}/status", vm.pid());
-    let now = || (kib(&status, "RssShmem:"), kib("/proc/meminfo", "Shmem:"));
+    let now = || (kib(&status, "RssShmem:").unwrap(), kib("/proc/meminfo", "Shmem:").unwrap());
     let before = now();
     assert!(before.0 >= 64 << 10, "{before:?}: the guest's memory is not shared");
     for source in [SourceKind::Sampler, SourceKind::DirtyBitmap] {
@@ -87,47 +84,21 @@ async fn shared_memory_does_not_grow_by_being_looked_at() {
     assert!(after.0 < before.0 + 1024 && after.1 < before.1 + 8192, "{before:?} before, {after:?} after");
 }
 
-/// Reserves huge pages while it lives; `None` where the machine has none to give.
-struct HugePages {
-    before: String,
-}
-
-const RESERVED: &str = "/proc/sys/vm/nr_hugepages";
-
-impl HugePages {
-    fn reserve(count: u64) -> Option<Self> {
-        let before = fs::read_to_string(RESERVED).ok()?;
-        let pages = Self { before };
-        let wanted = pages.before.trim().parse::<u64>().ok()? + count;
-        let given = fs::write(RESERVED, wanted.to_string()).is_ok() && kib("/proc/meminfo", "HugePages_Free:") >= count;
-        given.then_some(pages)
-    }
-}
-
-impl Drop for HugePages {
-    fn drop(&mut self) {
-        let _ = fs::write(RESERVED, &self.before);
-    }
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn huge_pages_are_seen_and_not_used_up() {
     let _one = MACHINE.lock().await;
     // 128 MiB, of which the guest touches 48 and its firmware a few.
-    let Some(_reserved) = HugePages::reserve(64) else {
-        eprintln!("SKIPPED: this machine reserves no huge pages of 2 MiB");
-        return;
-    };
+    let Some(_reserved) = HugePages::reserve(64).unwrap() else { return };
     let guest = GuestSpec::uniform(8192, 20);
     for share in ["on", "off"] {
         let memory =
             format!("memory-backend-memfd,id=m0,size=128M,hugetlb=on,hugetlbsize=2M,share={share},prealloc=off,reserve=off");
         let huge = ["-object", &memory, "-machine", "memory-backend=m0"];
         let vm = Vm::start(VmSpec::new(guest).memory_mib(128).extra(&huge)).await.unwrap();
-        let free = kib("/proc/meminfo", "HugePages_Free:");
+        let free = kib("/proc/meminfo", "HugePages_Free:").unwrap();
         assert!(free > 0, "nothing is left to be used up");
         assert_seen(&look(&vm).await, &guest, 128);
-        assert_eq!(kib("/proc/meminfo", "HugePages_Free:"), free, "looking took huge pages, share={share}");
+        assert_eq!(kib("/proc/meminfo", "HugePages_Free:").unwrap(), free, "looking took huge pages, share={share}");
     }
 }
 
@@ -141,9 +112,9 @@ async fn memory_that_could_be_plugged_in_is_not_touched() {
         ["-device", "virtio-mem-pci,id=vm0,memdev=vmem0,requested-size=0"],
     ];
     let vm = Vm::start(VmSpec::new(ACROSS).extra(device.as_flattened())).await.unwrap();
-    let before = kib("/proc/meminfo", "Shmem:");
+    let before = kib("/proc/meminfo", "Shmem:").unwrap();
     assert_seen(&look(&vm).await, &ACROSS, 768);
-    let after = kib("/proc/meminfo", "Shmem:");
+    let after = kib("/proc/meminfo", "Shmem:").unwrap();
     assert!(after < before + 8192, "Shmem in KiB: {before} before, {after} after");
 }
 

@@ -17,6 +17,7 @@ use migvisor_e2e::{
         cgroup::{Cgroup, Driver},
         libvirt::Mode,
     },
+    skip,
     world::World,
 };
 use nix::sys::signal::Signal;
@@ -46,7 +47,7 @@ async fn vms_in_pods_are_answered_for() -> Result<()> {
             dry_run_is_done(&world, name, &dry_run).await?;
         }
     } else {
-        eprintln!("SKIPPED: this machine lets nobody make a pod's cgroup, so no VM is found by it");
+        skip::note("VMs found by their pods' cgroups: this machine lets nobody make one");
     }
     // Another agent in its place, which sees no processes; the libvirt of one pod hangs, which is that pod's affair alone.
     world.process("agent")?.kill();

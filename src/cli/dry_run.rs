@@ -12,7 +12,7 @@ use super::{
     question::{TargetArgs, TermsArgs, downtime, duration},
 };
 use crate::{
-    dryrun::{self, Allow, Compression, MOST_CHANNELS, Plan, Progress, Reason},
+    dryrun::{self, Allow, Compression, Plan, Progress, Reason},
     model::units::Bytes,
     qemu::{monitor::Monitor, ram::guest_ram_bytes},
 };
@@ -33,8 +33,8 @@ pub struct DryRunArgs {
     /// How pages are compressed.
     #[arg(long, value_enum, default_value_t, help_heading = "Migration")]
     compression: Compression,
-    /// Connections of multifd; 0: without. KubeVirt has 8, and none for VMs with CPU limits or CPUs of their own.
-    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=i64::from(MOST_CHANNELS)), help_heading = "Migration")]
+    /// Connections of multifd, up to 255; 0: without. KubeVirt has 8, and none for VMs with CPU limits or CPUs of their own.
+    #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Migration")]
     channels: u8,
     /// Give up after this long, without an answer if need be.
     #[arg(long, default_value = "10m", value_parser = duration, help_heading = "Run")]

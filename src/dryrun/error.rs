@@ -136,6 +136,19 @@ pub enum DryRunError {
         /// What failed.
         why: HeadroomError,
     },
+    /// Each channel is an open file of ours.
+    #[error(
+        "{channels} channels need {needed} open files, and the limit of this process leaves {left}: raise it (LimitNOFILE, ulimit -n), or \
+         use fewer channels"
+    )]
+    TooManyChannels {
+        /// Of multifd.
+        channels: u8,
+        /// What the sink would open.
+        needed: u64,
+        /// What may still be opened.
+        left: u64,
+    },
     /// In a cluster, memory is what was asked for.
     #[error("XBZRLE takes 64 MiB of the VM's memory limit: it is dry-run from the command line only")]
     Xbzrle,
@@ -203,7 +216,7 @@ impl DryRunError {
     pub fn is_refusal(&self) -> bool {
         use DryRunError::{
             Blocked, DedicatedCpus, Ended, Failover, HeadroomUnknown, Hugepages, Incoming, Job, MemoryUnclear, Migrating,
-            NoHeadroom, NotRunning, Realtime, Stopped, Vdpa, Vfio,
+            NoHeadroom, NotRunning, Realtime, Stopped, TooManyChannels, Vdpa, Vfio,
         };
         matches!(
             self,
@@ -221,6 +234,7 @@ impl DryRunError {
                 | NotRunning { .. }
                 | Realtime
                 | Stopped { .. }
+                | TooManyChannels { .. }
                 | Vdpa { .. }
                 | Vfio { .. }
         )

@@ -7,7 +7,7 @@ use std::path::Path;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::{Compression, DryRunError, Plan, host};
+use super::{Compression, DryRunError, Plan, host, sink};
 use crate::{
     model::units::{Bytes, PAGE},
     qemu::{
@@ -36,6 +36,10 @@ const XBZRLE_CACHE: Bytes = Bytes(64 << 20);
 pub(super) async fn check(monitor: &mut Monitor, plan: &Plan) -> Result<(), DryRunError> {
     if monitor.version() < OLDEST_QEMU {
         return Err(DryRunError::TooOld { found: monitor.version() });
+    }
+    if plan.channels > 0 {
+        let fits = sink::fits(1 + u64::from(plan.channels));
+        fits.map_err(|(needed, left)| DryRunError::TooManyChannels { channels: plan.channels, needed, left })?;
     }
     state(monitor).await?;
     jobs(monitor).await?;

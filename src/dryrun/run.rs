@@ -19,8 +19,9 @@ use super::{
     watching::Watching,
 };
 use crate::qemu::{
+    libvirt::LibvirtError,
     migration::{self, MigrationInfo},
-    monitor::Monitor,
+    monitor::{Address, Monitor},
     qmp::QmpError,
 };
 
@@ -29,6 +30,9 @@ const DESCRIPTOR: &str = "migvisor-dry-run";
 /// A cancelled migration ends within milliseconds; a stuck one must not keep us for ever.
 const CANCEL_PATIENCE: Duration = Duration::from_secs(20);
 const CANCEL_POLL: Duration = Duration::from_millis(5);
+/// A monitor that was lost in mid-run is opened anew to put the settings back, so often and for so long; then they are left to the journal.
+const ANEW_EVERY: Duration = Duration::from_millis(500);
+const ANEW_FOR: Duration = Duration::from_secs(30);
 
 /// Executes the plan. `progress` is told at most ten times a second; when `withdrawn` is ready, the run is cancelled. Ends with QEMU as it was
 /// found, whatever happens; a run whose future is dropped does so in the background.
@@ -97,11 +101,18 @@ async fn conduct(
     }
     let mut borrowed = Borrowed::take(&mut monitor, &plan).await?;
     let result = borrowed.migrate(&mut monitor, &plan, &news, &mut orders).await;
-    match (result, borrowed.give_back(&mut monitor).await) {
+    let given_back = match borrowed.give_back(&mut monitor).await {
+        Err(DryRunError::Qmp(lost)) => {
+            let (address, timeout) = monitor.opened_by();
+            drop(monitor);
+            borrowed.give_back_anew(&address, timeout, lost).await
+        }
+        given_back => given_back,
+    };
+    match (result, given_back) {
         (result, Ok(())) => result,
-        // What ended the run ended the monitor, too: nothing is left to be put back.
-        (Err(before @ DryRunError::Qmp(QmpError::Closed { .. })), Err(_)) => Err(before),
-        (_, Err(gone @ DryRunError::Qmp(QmpError::Closed { .. }))) => Err(gone),
+        // QEMU is gone, and its settings with it.
+        (Err(before @ DryRunError::Qmp(_)), Err(DryRunError::Qmp(_))) => Err(before),
         (Err(before), Err(DryRunError::NotRestored { left, why, .. })) => {
             Err(DryRunError::NotRestored { left, why, before: Some(Box::new(before)) })
         }
@@ -113,6 +124,7 @@ async fn conduct(
 struct Borrowed {
     loan: Loan,
     journal: Option<Journal>,
+    pid: Option<i32>,
     sink: Option<Sink>,
     /// `migrate` was sent, and when: from then on a migration may be ours.
     started: Option<Instant>,
@@ -127,7 +139,7 @@ impl Borrowed {
         if let Some(journal) = &journal {
             journal.keep(&loan)?;
         }
-        Ok(Self { loan, journal, sink: None, started: None })
+        Ok(Self { loan, journal, pid, sink: None, started: None })
     }
 
     async fn migrate(
@@ -171,13 +183,11 @@ impl Borrowed {
         for _ in 0..2 {
             match self.loan.repay(monitor).await {
                 Ok(outstanding) => left = outstanding,
-                Err(QmpError::Closed { command }) => return Err(QmpError::Closed { command }.into()),
-                Err(error) => why = format!("; {error}"),
+                Err(error @ QmpError::Refused { .. }) => why = format!("; {error}"),
+                Err(lost) => return Err(lost.into()),
             }
             if left.is_empty() {
-                if let Some(journal) = &self.journal {
-                    journal.forget();
-                }
+                self.is_back();
                 return Ok(());
             }
         }
@@ -186,6 +196,46 @@ impl Borrowed {
             return Err(DryRunError::Foreign { unrestored: format!("; before the dry run it was: {left}") });
         }
         Err(DryRunError::NotRestored { left: left.to_string(), why, before: None })
+    }
+
+    fn is_back(&self) {
+        if let Some(journal) = &self.journal {
+            journal.forget();
+        }
+    }
+
+    /// As [`Self::give_back`], over a new connection, where the old one was lost: cut by a daemon that hung for a while, or that was started
+    /// anew. The sink is closed, so QEMU has ended our migration, or is about to.
+    async fn give_back_anew(&mut self, address: &Address, timeout: Duration, lost: QmpError) -> Result<(), DryRunError> {
+        let until = Instant::now() + ANEW_FOR;
+        loop {
+            let why = match self.repay_anew(address, timeout).await {
+                Ok(left) if left.is_empty() => {
+                    self.is_back();
+                    return Ok(());
+                }
+                Ok(left) => return Err(DryRunError::NotRestored { left: left.to_string(), why: String::new(), before: None }),
+                Err(error) if is_gone(&error) => return Err(lost.into()),
+                Err(error) => error,
+            };
+            if Instant::now() >= until {
+                let left = self.loan.outstanding(&self.loan.during).to_string();
+                return Err(DryRunError::NotRestored { left, why: format!("; {why}"), before: None });
+            }
+            sleep(ANEW_EVERY).await;
+        }
+    }
+
+    async fn repay_anew(&self, address: &Address, timeout: Duration) -> Result<Settings, DryRunError> {
+        let mut monitor = Monitor::connect(address, timeout).await?;
+        // Another QEMU by now has settings of its own.
+        if monitor.peer_pid().zip(self.pid).is_some_and(|(now, then)| now != then) {
+            return Err(QmpError::Closed { command: "query-migrate".to_owned() }.into());
+        }
+        if let Some(status) = migration::query(&mut monitor).await?.status.filter(|status| status.is_active()) {
+            return Err(DryRunError::Migrating { status });
+        }
+        Ok(self.loan.repay(&mut monitor).await?)
     }
 
     /// Cancels what is ours and waits until QEMU is done with it.
@@ -219,6 +269,18 @@ impl Borrowed {
             sleep(CANCEL_POLL).await;
         }
     }
+}
+
+/// Nobody is there any more whom anything could be given back to.
+fn is_gone(error: &DryRunError) -> bool {
+    matches!(
+        error,
+        DryRunError::Qmp(
+            QmpError::Connect { .. }
+                | QmpError::Closed { .. }
+                | QmpError::Libvirt(LibvirtError::NothingRuns | LibvirtError::NoDomain { .. })
+        )
+    )
 }
 
 /// An active migration that is younger than ours would be.

@@ -33,6 +33,7 @@ use nix::{
     fcntl::OFlag,
     poll::{PollFd, PollFlags, PollTimeout, poll, ppoll},
     sys::{
+        resource::{Resource, getrlimit},
         socket::{getsockopt, sockopt::PeerCredentials},
         time::TimeSpec,
     },
@@ -106,6 +107,17 @@ pub struct Meeting {
     pub ours: PathBuf,
     /// As QEMU sees it.
     pub theirs: PathBuf,
+}
+
+/// Whether a listener for so many connections would fit under this process's limit of open files, with some to spare for what else it does;
+/// else how many it needs and how many there are. Where the kernel does not tell it is tried.
+pub(super) fn fits(connections: u64) -> Result<(), (u64, u64)> {
+    /// The listener, the leash, a look at a VM and a write to an API server meanwhile.
+    const BESIDES: u64 = 24;
+    let Ok((limit, _)) = getrlimit(Resource::RLIMIT_NOFILE) else { return Ok(()) };
+    let open = fs::read_dir("/proc/self/fd").map_or(0, |files| files.count() as u64);
+    let (needed, left) = (connections.saturating_add(BESIDES), limit.saturating_sub(open));
+    if needed <= left { Ok(()) } else { Err((needed, left)) }
 }
 
 impl Sink {

@@ -45,7 +45,11 @@ impl From<LibvirtAddress> for Address {
 
 /// An open monitor. Hold it no longer than needed: QEMU serves one client per socket.
 #[derive(Debug)]
-pub struct Monitor(Way);
+pub struct Monitor {
+    way: Way,
+    address: Address,
+    timeout: Duration,
+}
 
 #[derive(Debug)]
 enum Way {
@@ -56,17 +60,21 @@ enum Way {
 impl Monitor {
     /// Opens it. `timeout` bounds this as a whole, and each command after it.
     pub async fn connect(address: &Address, timeout: Duration) -> Result<Self, QmpError> {
-        match address {
-            Address::Qmp(path) => Qmp::connect(path, timeout).await.map(|qmp| Self(Way::Socket(Box::new(qmp)))),
-            Address::Libvirt(address) => {
-                Libvirt::connect(address, timeout).await.map(|libvirt| Self(Way::Libvirt(Box::new(libvirt))))
-            }
-        }
+        let way = match address {
+            Address::Qmp(path) => Way::Socket(Box::new(Qmp::connect(path, timeout).await?)),
+            Address::Libvirt(address) => Way::Libvirt(Box::new(Libvirt::connect(address, timeout).await?)),
+        };
+        Ok(Self { way, address: address.clone(), timeout })
+    }
+
+    /// What it takes to open it again, once this one is closed.
+    pub fn opened_by(&self) -> (Address, Duration) {
+        (self.address.clone(), self.timeout)
     }
 
     /// Asks, and waits for the reply. No arguments: `Value::Null` or `{}`.
     pub async fn execute<T: DeserializeOwned>(&mut self, command: &str, arguments: Value) -> Result<T, QmpError> {
-        match &mut self.0 {
+        match &mut self.way {
             Way::Socket(qmp) => qmp.execute(command, arguments).await,
             Way::Libvirt(libvirt) => libvirt.execute(command, arguments).await,
         }
@@ -79,7 +87,7 @@ impl Monitor {
         arguments: Value,
         fd: BorrowedFd<'_>,
     ) -> Result<T, QmpError> {
-        match &mut self.0 {
+        match &mut self.way {
             Way::Socket(qmp) => qmp.execute_with_fd(command, arguments, fd).await,
             Way::Libvirt(_) => {
                 let reason = "libvirt passes no descriptor on through its bindings; ask `passes_descriptors` first".to_owned();
@@ -90,12 +98,12 @@ impl Monitor {
 
     /// Can a descriptor go along with a command? libvirt has a call for it, its bindings have not.
     pub fn passes_descriptors(&self) -> bool {
-        matches!(self.0, Way::Socket(_))
+        matches!(self.way, Way::Socket(_))
     }
 
     /// The next event, in the order of their arrival; `None` once the deadline has passed. libvirt passes none on.
     pub async fn next_event(&mut self, deadline: Instant) -> Result<Option<Event>, QmpError> {
-        match &mut self.0 {
+        match &mut self.way {
             Way::Socket(qmp) => qmp.next_event(deadline).await,
             Way::Libvirt(_) => {
                 sleep_until(deadline).await;
@@ -106,7 +114,7 @@ impl Monitor {
 
     /// QEMU's version.
     pub fn version(&self) -> Version {
-        match &self.0 {
+        match &self.way {
             Way::Socket(qmp) => qmp.version(),
             Way::Libvirt(libvirt) => libvirt.version(),
         }
@@ -114,7 +122,7 @@ impl Monitor {
 
     /// QEMU's process, in our PID namespace; `None` where nobody says.
     pub fn peer_pid(&self) -> Option<i32> {
-        match &self.0 {
+        match &self.way {
             Way::Socket(qmp) => qmp.peer_pid(),
             // Who listens is libvirt, not QEMU.
             Way::Libvirt(libvirt) => libvirt.pid(),
