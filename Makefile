@@ -11,7 +11,7 @@ help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: setup
-setup: ## Install QEMU and build the Kubernetes tools that demo and test need (10 minutes the first time, then a second)
+setup: ## Install QEMU and build the Kubernetes tools that demo and test need (12 minutes the first time, then a second)
 	@e2e/setup/setup.sh >/dev/null
 
 .PHONY: build
