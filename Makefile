@@ -8,7 +8,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 
 .PHONY: help
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: setup
 setup: ## Install QEMU and build the Kubernetes tools that demo and test need (12 minutes the first time, then a second)
@@ -25,6 +25,14 @@ demo: setup build ## Show the main job: a real API server, real guests, forecast
 .PHONY: test
 test: kvm setup check build ## Run all checks and all tests (without /dev/kvm: ALLOW_NO_KVM=1 make test)
 	cargo test --workspace --locked --no-fail-fast
+
+.PHONY: e2e
+e2e: kvm setup build ## Run the scenarios of the whole product in a whole cluster, each with its wall time
+	cargo test --workspace --locked --test scenarios
+
+.PHONY: e2e-cluster
+e2e-cluster: ## Run the same scenarios in the cluster of KUBECONFIG, with the real KubeVirt (see e2e/scenario/given.rs)
+	E2E_CLUSTER=given cargo test --workspace --locked --test scenarios
 
 .PHONY: soak
 soak: kvm setup build ## Prove in full that a dry run never stops its guest: 200 runs, 10 kills (15 to 25 minutes)

@@ -4,5 +4,6 @@ pub mod cluster;
 pub mod kubevirt;
 pub mod lab;
 pub mod process;
+pub mod scenario;
 pub mod soak;
 pub mod world;

@@ -1,211 +1,258 @@
-//! What the stand-in reads and writes for one VMIM: the object itself, its VMI, the pods on both sides, events.
+//! virt-handler's and virt-launcher's part, on every node at once: makes the target ready, has the guest moved under KubeVirt's rules, and
+//! writes on the VMI how it went. After KubeVirt 1.9's `pkg/virt-handler/migration-{source,target}.go`.
 //!
-//! In: the VMIM's name. Out: JSON as the API server has it. Everything may be repeated, so that an API server that was away
-//! costs time and nothing else.
+//! In: VMIs whose `status.migrationState` says what is to be done. Out: the rest of `migrationState`, the VMI on its new node. What differs:
+//! the target pod of a migration that failed is deleted here; KubeVirt leaves it to end by itself.
 
-use anyhow::{Context, Result, anyhow};
-use k8s_openapi::api::core::v1::{ObjectReference, Pod};
-use kube::{
-    Api, Client, ResourceExt,
-    api::{DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams},
-    runtime::events::{Event, EventType, Recorder, Reporter},
+use std::{
+    collections::{HashMap, HashSet},
+    sync::{Arc, Mutex, PoisonError},
 };
+
+use anyhow::{Context, Result};
+use kube::{
+    ResourceExt,
+    api::{DeleteParams, DynamicObject, Patch, PatchParams},
+    runtime::events::EventType,
+};
+use migvisor::model::units::Bytes;
 use serde_json::{Value, json};
+use tokio::{
+    sync::{mpsc, watch},
+    task::JoinSet,
+    time::Instant,
+};
 
 use super::{
-    Outcome,
-    objects::{self, Side, now},
+    Job, Mover, Outcome,
+    configuration::{Configuration, quantity},
+    core::{Change, Core},
+    migration::TARGET_NODE,
+    monitor::{Monitor, Order, POLL},
+    objects::{self, NODE, Side, now},
+    queue::{Limiter, Queue},
+    read::{flag, is_final, key, text},
 };
 
-pub(super) const FINALIZER: &str = "kubevirt.io/migrationJobFinalize";
-pub(super) const TARGET_NODE: &str = "kubevirt.io/migrationTargetNodeName";
-/// How many final VMIMs of a VMI KubeVirt keeps.
-const KEPT: usize = 5;
-const NODE: &str = "kubevirt.io/nodeName";
-
-/// One VMIM and all that belongs to it.
-pub(super) struct Hands {
-    pub(super) client: Client,
-    pub(super) namespace: String,
-    pub(super) name: String,
-    pub(super) uid: String,
-    pub(super) vmi_name: String,
-    pub(super) vmims: Api<DynamicObject>,
-    pub(super) vmis: Api<DynamicObject>,
-    pub(super) pods: Api<Pod>,
+/// All virt-handlers.
+pub(super) struct Handlers<M> {
+    core: Arc<Core>,
+    mover: Arc<M>,
+    queue: Queue,
+    /// The migrations that run, by the UID of their VMIM, and how to end them.
+    running: Arc<Mutex<HashMap<String, watch::Sender<bool>>>>,
+    /// The migrations whose target is being made ready.
+    preparing: Arc<Mutex<HashSet<String>>>,
 }
 
-impl Hands {
-    pub(super) fn new(client: &Client, vmim: &DynamicObject) -> Self {
-        let namespace = vmim.namespace().unwrap_or_default();
-        Self {
-            client: client.clone(),
-            name: vmim.name_any(),
-            uid: vmim.uid().unwrap_or_default(),
-            vmi_name: text(&vmim.data, "/spec/vmiName"),
-            vmims: objects::vmims(client, &namespace),
-            vmis: objects::vmis(client, &namespace),
-            pods: Api::namespaced(client.clone(), &namespace),
-            namespace,
-        }
+impl<M: Mover> Handlers<M> {
+    pub(super) fn new(core: Arc<Core>, mover: Arc<M>) -> Self {
+        Self { core, mover, queue: Queue::new(Limiter::DEFAULT), running: Arc::default(), preparing: Arc::default() }
     }
 
-    /// Leaves everything as it has to be after the outcome: VMI, pods, VMIM. May be repeated.
-    pub(super) async fn finish(&self, outcome: &Outcome) -> Result<()> {
-        let mut state = json!(null);
-        let vmi = self.vmis.get_opt(&self.vmi_name).await?;
-        if vmi.as_ref().is_some_and(|vmi| text(&vmi.data, "/status/migrationState/migrationUid") == self.uid) {
-            let target = self.target().await?;
-            let ended = self.update_vmi(|vmi| conclude(vmi, outcome, target.as_ref())).await?;
-            state = ended.data["status"]["migrationState"].clone();
-        } else if let Some(reason) = &outcome.failure_reason {
-            // It ended before the hand-over: the VMI's migrationState is another migration's.
-            state = json!({ "migrationUid": self.uid, "failed": true, "completed": true, "failureReason": reason, "endTimestamp": now() });
-        }
-        if outcome.succeeded {
-            let done = Patch::Strategic(json!({ "status": { "phase": "Succeeded" } }));
-            let source = text(&state, "/sourcePod");
-            // The pod that the guest has left; somebody may have removed it.
-            if self.pods.get_opt(&source).await?.is_some() {
-                self.pods.patch_status(&source, &PatchParams::default(), &done).await?;
+    /// Works for ever; what it has started ends with it.
+    pub(super) async fn run(self, mut changes: mpsc::UnboundedReceiver<Change>) {
+        let listen = async {
+            while let Some(change) = changes.recv().await {
+                if let Change::Vmi(vmi) = change {
+                    self.queue.add(&key(vmi.as_ref()), 0);
+                }
             }
-        } else {
-            self.delete_target_pod().await?;
-        }
-        self.enter(if outcome.succeeded { "Succeeded" } else { "Failed" }, Some(&state)).await?;
-        match &outcome.failure_reason {
-            Some(reason) => self.event(EventType::Warning, "FailedMigration", reason).await,
-            None => self.event(EventType::Normal, "SuccessfulMigration", "Source node reported migration succeeded").await,
-        }
-        let Some(vmim) = self.this().await? else { return Ok(()) };
-        let left: Vec<_> = vmim.finalizers().iter().filter(|finalizer| *finalizer != FINALIZER).collect();
-        let patch = json!({ "metadata": { "finalizers": left } });
-        self.vmims.patch(&self.name, &PatchParams::default(), &Patch::Merge(patch)).await?;
-        self.forget_old().await
+        };
+        let work = async {
+            let mut jobs = JoinSet::new();
+            loop {
+                let (key, _) = self.queue.next().await;
+                match self.execute(&key, &mut jobs).await {
+                    Ok(()) => self.queue.forget(&key),
+                    Err(error) => {
+                        tracing::debug!("VMI {key}: {error:#}; trying again");
+                        self.queue.retry(&key, 0);
+                    }
+                }
+                while jobs.try_join_next().is_some() {}
+            }
+        };
+        tokio::join!(listen, work);
     }
 
-    /// Of a VMI's final VMIMs only the newest few are kept.
-    async fn forget_old(&self) -> Result<()> {
-        let mut ended = self.vmims.list(&ListParams::default()).await?.items;
-        ended.retain(|vmim| {
-            text(&vmim.data, "/spec/vmiName") == self.vmi_name
-                && matches!(text(&vmim.data, "/status/phase").as_str(), "Succeeded" | "Failed")
-        });
-        // Whole seconds: among equals the resource version tells.
-        ended.sort_by_key(|vmim| {
-            (vmim.creation_timestamp(), vmim.resource_version().and_then(|version| version.parse::<u64>().ok()))
-        });
-        let surplus = ended.len().saturating_sub(KEPT);
-        for old in ended.iter().take(surplus) {
-            match self.vmims.delete(&old.name_any(), &DeleteParams::default()).await {
-                Ok(_) => {}
-                Err(kube::Error::Api(status)) if status.is_not_found() => {}
-                Err(error) => return Err(error).context("cannot delete an old migration"),
+    async fn execute(&self, key: &str, jobs: &mut JoinSet<()>) -> Result<()> {
+        let Some(vmi) = self.core.vmi(key) else { return Ok(()) };
+        let state = &vmi.data["status"]["migrationState"];
+        let uid = text(state, "/migrationUid");
+        if uid.is_empty() {
+            return Ok(());
+        }
+        if flag(state, "/abortRequested") || is_final(&vmi) || vmi.metadata.deletion_timestamp.is_some() || flag(state, "/failed")
+        {
+            let running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(abort) = running.get(&uid) {
+                abort.send_replace(true);
             }
         }
+        if flag(state, "/completed") || flag(state, "/failed") || is_final(&vmi) {
+            return Ok(());
+        }
+        if text(state, "/targetNodeAddress").is_empty() {
+            return self.prepare(&vmi, &uid, jobs).await;
+        }
+        if text(state, "/startTimestamp").is_empty() {
+            let mut vmi = (*vmi).clone();
+            vmi.data["status"]["migrationState"]["startTimestamp"] = json!(now());
+            self.core.replace_vmi(&vmi).await?;
+            return Ok(());
+        }
+        self.begin(&vmi, &uid, jobs).await
+    }
+
+    /// virt-handler of the target node: somebody listens there, after a while.
+    async fn prepare(&self, vmi: &DynamicObject, uid: &str, jobs: &mut JoinSet<()>) -> Result<()> {
+        let Some(target) = self.side(vmi, "target").await? else { return Ok(()) };
+        if !self.preparing.lock().unwrap_or_else(PoisonError::into_inner).insert(uid.to_owned()) {
+            return Ok(());
+        }
+        let (core, mover, preparing) = (Arc::clone(&self.core), Arc::clone(&self.mover), Arc::clone(&self.preparing));
+        let (vmi, uid) = (vmi.clone(), uid.to_owned());
+        jobs.spawn(async move {
+            mover.prepare(&target).await;
+            let told = core.update_vmi(&vmi, |vmi| {
+                let status = &mut vmi.data["status"];
+                if text(status, "/migrationState/migrationUid") == uid && !flag(status, "/migrationState/completed") {
+                    status["migrationState"]["targetNodeAddress"] = json!("127.0.0.1");
+                    status["migrationState"]["targetDirectMigrationNodePorts"] = json!({});
+                    status["activePods"][&target.pod_uid] = json!(target.node);
+                }
+            });
+            // What could not be told is done again, the next time that the VMI is looked at.
+            let _ = told.await.inspect_err(|error| tracing::debug!("cannot tell that the target is ready: {error:#}"));
+            preparing.lock().unwrap_or_else(PoisonError::into_inner).remove(&uid);
+        });
         Ok(())
     }
 
-    /// Writes the phase, when it was entered, and what else belongs to it.
-    pub(super) async fn enter(&self, phase: &str, state: Option<&Value>) -> Result<()> {
-        let Some(vmim) = self.this().await? else { return Ok(()) };
-        let mut entered =
-            vmim.data.pointer("/status/phaseTransitionTimestamps").and_then(Value::as_array).cloned().unwrap_or_default();
-        if text(&vmim.data, "/status/phase") != phase {
-            entered.push(json!({ "phase": phase, "phaseTransitionTimestamp": now() }));
+    /// virt-handler of the source node: off it goes, once.
+    async fn begin(&self, vmi: &DynamicObject, uid: &str, jobs: &mut JoinSet<()>) -> Result<()> {
+        if self.running.lock().unwrap_or_else(PoisonError::into_inner).contains_key(uid) {
+            return Ok(());
         }
-        let mut status = json!({ "phase": phase, "phaseTransitionTimestamps": entered });
-        if let Some(state) = state {
-            status["migrationState"] = state.clone();
-        }
-        self.vmims.patch_status(&self.name, &PatchParams::default(), &Patch::Merge(json!({ "status": status }))).await?;
+        // Without its pods there is nothing to move; virt-controller sees that, too.
+        let (Some(source), Some(target)) = (self.side(vmi, "source").await?, self.side(vmi, "target").await?) else {
+            return Ok(());
+        };
+        let configuration = Configuration::of_json(&vmi.data["status"]["migrationState"]["migrationConfiguration"]);
+        let memory = memory(vmi)?;
+        let (give, orders) = watch::channel(Order::GoOn);
+        let (abort, aborted) = watch::channel(false);
+        let job = Job {
+            namespace: vmi.namespace().unwrap_or_default(),
+            vmi: vmi.name_any(),
+            object: vmi.clone(),
+            migration_uid: uid.to_owned(),
+            memory,
+            source,
+            target,
+            bandwidth: configuration.bandwidth(),
+            time_budget: configuration.time_budget(memory),
+            configuration,
+            orders,
+        };
+        self.running.lock().unwrap_or_else(PoisonError::into_inner).insert(uid.to_owned(), abort);
+        let (core, mover, running) = (Arc::clone(&self.core), Arc::clone(&self.mover), Arc::clone(&self.running));
+        let (uid, vmi, target) = (uid.to_owned(), vmi.clone(), job.target.clone());
+        jobs.spawn(async move {
+            core.event(&vmi, EventType::Normal, "Migrating", "VirtualMachineInstance is migrating.").await;
+            let outcome = watch_over(&core, &vmi, mover.as_ref(), job, &give, aborted).await;
+            // An API server that is away is waited for.
+            while let Err(error) = conclude(&core, &vmi, &uid, &outcome, &target).await {
+                tracing::debug!("cannot write how the migration {uid} went: {error:#}; trying again");
+                tokio::time::sleep(POLL).await;
+            }
+            running.lock().unwrap_or_else(PoisonError::into_inner).remove(&uid);
+        });
         Ok(())
     }
 
-    /// The VMIM, unless it is gone (or another one of its name is there).
-    pub(super) async fn this(&self) -> Result<Option<DynamicObject>> {
-        let found = self.vmims.get_opt(&self.name).await?;
-        Ok(found.filter(|vmim| vmim.uid().as_deref() == Some(&self.uid)))
+    /// One side of the migration, if its pod is there.
+    async fn side(&self, vmi: &DynamicObject, which: &str) -> Result<Option<Side>> {
+        let state = &vmi.data["status"]["migrationState"];
+        let (pod, node) = (text(state, &format!("/{which}Pod")), text(state, &format!("/{which}Node")));
+        let found = self.core.api_pods(vmi.namespace()).get_opt(&pod).await?;
+        Ok(found.map(|found| Side { node, pod, pod_uid: found.uid().unwrap_or_default() }))
     }
+}
 
-    pub(super) async fn kubevirt(&self) -> Result<Option<Value>> {
-        let api: Api<DynamicObject> = Api::all_with(self.client.clone(), &objects::kubevirt_resource());
-        let found = api.list(&ListParams::default()).await?.items.into_iter().next();
-        Ok(found.map(serde_json::to_value).transpose()?)
-    }
-
-    /// Where the VMI runs: the active pod on its node.
-    pub(super) async fn source(&self, vmi: &DynamicObject) -> Result<Side> {
-        let node = text(&vmi.data, "/status/nodeName");
-        let active = vmi.data.pointer("/status/activePods").and_then(Value::as_object).into_iter().flatten();
-        let pod_uid = active.filter(|(_, on)| on.as_str() == Some(&node)).map(|(uid, _)| uid.clone()).next();
-        let pod_uid = pod_uid.with_context(|| format!("the VMI {} has no active pod on {node:?}", self.vmi_name))?;
-        let pods = self.pods.list(&ListParams::default().labels("kubevirt.io=virt-launcher")).await?;
-        let pod = pods.iter().find(|pod| pod.uid().as_deref() == Some(&pod_uid)).map(ResourceExt::name_any);
-        let pod = pod.with_context(|| format!("the launcher pod {pod_uid} of the VMI {} is not there", self.vmi_name))?;
-        Ok(Side { node, pod, pod_uid })
-    }
-
-    /// Where it goes: its target pod, if it is there and bound.
-    pub(super) async fn target(&self) -> Result<Option<Side>> {
-        let Some(pod) = self.pods.get_opt(&self.target_pod_name()).await? else { return Ok(None) };
-        let node = pod.spec.as_ref().and_then(|spec| spec.node_name.clone());
-        Ok(node.map(|node| Side { node, pod: pod.name_any(), pod_uid: pod.uid().unwrap_or_default() }))
-    }
-
-    pub(super) fn target_pod_name(&self) -> String {
-        let short: String = self.uid.chars().filter(char::is_ascii_alphanumeric).take(5).collect();
-        format!("virt-launcher-{}-{short}", self.vmi_name)
-    }
-
-    /// At once: no kubelet is there to end it first.
-    pub(super) async fn delete_target_pod(&self) -> Result<()> {
-        match self.pods.delete(&self.target_pod_name(), &DeleteParams::default().grace_period(0)).await {
-            Ok(_) => Ok(()),
-            Err(kube::Error::Api(status)) if status.is_not_found() => Ok(()),
-            Err(error) => Err(error).context("cannot delete the target pod"),
-        }
-    }
-
-    /// A plain update (VMIs have no status subresource), again where somebody else was quicker.
-    pub(super) async fn update_vmi(&self, change: impl Fn(&mut DynamicObject)) -> Result<DynamicObject> {
-        for _ in 0..10 {
-            let mut vmi = self.vmis.get(&self.vmi_name).await?;
-            change(&mut vmi);
-            match self.vmis.replace(&self.vmi_name, &PostParams::default(), &vmi).await {
-                Ok(updated) => return Ok(updated),
-                Err(kube::Error::Api(status)) if status.is_conflict() => {}
-                Err(error) => return Err(error).context("cannot update the VMI"),
+/// virt-launcher: lets the mover work under KubeVirt's rules and passes on a cancellation.
+async fn watch_over<M: Mover>(
+    core: &Core,
+    vmi: &DynamicObject,
+    mover: &M,
+    job: Job,
+    give: &watch::Sender<Order>,
+    mut aborted: watch::Receiver<bool>,
+) -> Outcome {
+    let mut monitor = Monitor::new(&job.configuration, job.time_budget);
+    let mut moving = std::pin::pin!(mover.migrate(job));
+    let start = Instant::now();
+    let mut looks = tokio::time::interval(POLL);
+    let mut cancelled = false;
+    loop {
+        let cancel = async {
+            if cancelled || aborted.wait_for(|wanted| *wanted).await.is_err() {
+                std::future::pending::<()>().await;
             }
-        }
-        Err(anyhow!("the VMI {} is being changed all the time", self.vmi_name))
-    }
-
-    pub(super) async fn event(&self, kind: EventType, reason: &str, note: &str) {
-        let reporter = Reporter { controller: "virtualmachineinstancemigration-controller".to_owned(), instance: None };
-        let reference = ObjectReference {
-            api_version: Some("kubevirt.io/v1".to_owned()),
-            kind: Some("VirtualMachineInstanceMigration".to_owned()),
-            namespace: Some(self.namespace.clone()),
-            name: Some(self.name.clone()),
-            uid: Some(self.uid.clone()),
-            ..Default::default()
         };
-        let event = Event {
-            type_: kind,
-            reason: reason.to_owned(),
-            note: Some(note.chars().take(1000).collect()),
-            action: "Migrate".to_owned(),
-            secondary: None,
+        let now_cancelled = tokio::select! {
+            outcome = &mut moving => return outcome,
+            () = cancel => true,
+            _ = looks.tick() => false,
         };
-        if let Err(error) = Recorder::new(self.client.clone(), reporter).publish(&event, &reference).await {
-            tracing::debug!("no event {reason}: {error}");
+        let order = monitor.tick(start.elapsed());
+        // Post-copy cannot be undone.
+        cancelled |= now_cancelled && order != Order::StartPostCopy;
+        let order = if cancelled { Order::Abort } else { order };
+        let changed = give.send_if_modified(|last| std::mem::replace(last, order) != order);
+        if changed && let Some(mode) = mode(order) {
+            let told = core.update_vmi(vmi, |vmi| vmi.data["status"]["migrationState"]["mode"] = json!(mode)).await;
+            let _ = told.inspect_err(|error| tracing::debug!("cannot tell the mode: {error:#}"));
         }
     }
 }
 
-/// The VMI after the migration: on its new node, or where it was.
-fn conclude(vmi: &mut DynamicObject, outcome: &Outcome, target: Option<&Side>) {
+/// Leaves everything as it has to be after the outcome. May be repeated.
+async fn conclude(core: &Core, vmi: &DynamicObject, uid: &str, outcome: &Outcome, target: &Side) -> Result<()> {
+    let written = core.update_vmi(vmi, |vmi| {
+        if text(&vmi.data, "/status/migrationState/migrationUid") == uid {
+            write_outcome(vmi, outcome, target);
+        }
+    });
+    let pods = core.api_pods(vmi.namespace());
+    let vmi = match written.await {
+        Ok(vmi) => vmi,
+        // The VMI is gone, and its pods with it.
+        Err(error) if matches!(error.downcast_ref(), Some(kube::Error::Api(status)) if status.is_not_found()) => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    if outcome.succeeded {
+        let left = text(&vmi.data, "/status/migrationState/sourcePod");
+        // The pod that the guest has left; somebody may have removed it.
+        if pods.get_opt(&left).await?.is_some() {
+            pods.patch_status(&left, &PatchParams::default(), &Patch::Strategic(objects::ended())).await?;
+        }
+        let note = format!("The VirtualMachineInstance migrated to node {}.", target.node);
+        core.event(&vmi, EventType::Normal, "Migrated", &note).await;
+        return Ok(());
+    }
+    match pods.delete(&target.pod, &DeleteParams::default()).await {
+        Err(kube::Error::Api(status)) if status.is_not_found() => {}
+        deleted => drop(deleted.context("cannot delete the target pod")?),
+    }
+    let reason = outcome.failure_reason.as_deref().unwrap_or_default();
+    let note = format!("VirtualMachineInstance migration uid {uid} failed. reason:{reason}");
+    core.event(&vmi, EventType::Warning, "Migrated", &note).await;
+    Ok(())
+}
+
+fn write_outcome(vmi: &mut DynamicObject, outcome: &Outcome, target: &Side) {
     vmi.labels_mut().remove(TARGET_NODE);
     let state = &mut vmi.data["status"]["migrationState"];
     if state["endTimestamp"].is_null() {
@@ -214,12 +261,13 @@ fn conclude(vmi: &mut DynamicObject, outcome: &Outcome, target: Option<&Side>) {
     state["completed"] = json!(true);
     if let Some(reason) = &outcome.failure_reason {
         state["failed"] = json!(true);
-        state["failureReason"] = json!(reason);
+        if state["failureReason"].is_null() {
+            state["failureReason"] = json!(reason);
+        }
     }
     if state["abortRequested"] == json!(true) {
         state["abortStatus"] = json!(if outcome.succeeded { "Failed" } else { "Succeeded" });
     }
-    let Some(target) = target else { return };
     if !outcome.succeeded {
         if let Some(active) = vmi.data["status"]["activePods"].as_object_mut() {
             active.remove(&target.pod_uid);
@@ -229,26 +277,33 @@ fn conclude(vmi: &mut DynamicObject, outcome: &Outcome, target: Option<&Side>) {
     state["targetNodeDomainDetected"] = json!(true);
     state["targetNodeDomainReadyTimestamp"] = json!(now());
     vmi.labels_mut().insert(NODE.to_owned(), target.node.clone());
-    let left = text(&vmi.data, "/status/nodeName");
+    vmi.annotations_mut().remove("kubevirt.io/eviction-source");
     let status = &mut vmi.data["status"];
     status["nodeName"] = json!(target.node);
     status["activePods"] = json!({ target.pod_uid.as_str(): target.node });
-    if text(status, "/evacuationNodeName") == left
-        && let Some(status) = status.as_object_mut()
-    {
+    status["launcherContainerImageVersion"] = json!(objects::LAUNCHER);
+    if let Some(conditions) = status["conditions"].as_array_mut() {
+        conditions.retain(|it| it["type"] != "MigrationRequired");
+    }
+    if let Some(status) = status.as_object_mut() {
         status.remove("evacuationNodeName");
     }
 }
 
-pub(super) fn with(finalizers: &[String], one: &str) -> Vec<String> {
-    let mut all = finalizers.to_vec();
-    if !all.iter().any(|finalizer| finalizer == one) {
-        all.push(one.to_owned());
+/// `migrationState.mode` under an order.
+fn mode(order: Order) -> Option<&'static str> {
+    match order {
+        Order::GoOn | Order::Abort => None,
+        Order::StartPostCopy => Some("PostCopy"),
+        Order::SuspendGuest => Some("Paused"),
     }
-    all
 }
 
-/// The text at a JSON pointer; empty where there is none.
-pub(super) fn text(value: &Value, pointer: &str) -> String {
-    value.pointer(pointer).and_then(Value::as_str).unwrap_or_default().to_owned()
+/// The guest's memory: what KubeVirt's budget is computed from.
+fn memory(vmi: &DynamicObject) -> Result<Bytes> {
+    ["/spec/domain/memory/guest", "/spec/domain/resources/requests/memory"]
+        .iter()
+        .find_map(|path| vmi.data.pointer(path).and_then(|value: &Value| quantity(value)))
+        .map(Bytes)
+        .context("the VMI says nowhere how much memory it has")
 }

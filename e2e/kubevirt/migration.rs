@@ -1,348 +1,369 @@
-//! The way of one VMIM, phase by phase, as virt-controller's migration controller and virt-handler take it.
+//! virt-controller's migration controller: what it does in each phase of a VMIM. After KubeVirt 1.9's
+//! `pkg/virt-controller/watch/migration/migration.go` (`Execute`, `execute`, `sync`, `handleTargetPodHandoff`); the phases themselves are
+//! in [`super::status`].
 //!
-//! In: a VMIM seen for the first time. Out: a final one. Each step reads the objects anew, does what its phase asks for, and
-//! says which phase comes next; an error (an API server that is away, a conflict) means that the step is tried again.
+//! In: VMIMs, VMIs and target pods, from the caches. Out: target pods, the hand-over to virt-handler, statuses, events. Not here:
+//! backend storage, utility volumes, backups, decentralized migrations, host-model CPUs.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    collections::HashSet,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use anyhow::{Context, Result, bail};
-use k8s_openapi::api::core::v1::{Namespace, Node};
+use k8s_openapi::api::core::v1::Pod;
 use kube::{
-    Api, ResourceExt,
-    api::{DynamicObject, ListParams, Patch, PatchParams, PostParams},
+    ResourceExt,
+    api::{DeleteParams, DynamicObject, PostParams},
     runtime::events::EventType,
 };
-use migvisor::model::units::Bytes;
-use serde_json::{Value, json};
-use tokio::{sync::watch, time::Instant};
+use serde_json::json;
+use tokio::sync::mpsc;
 
 use super::{
-    Job, Mover, Outcome, Shared,
-    configuration::{Configuration, quantity, winner},
-    hands::{FINALIZER, Hands, TARGET_NODE, text, with},
-    monitor::{Monitor, Order, POLL},
+    backoff,
+    configuration::{Configuration, winner},
+    core::{Change, Core},
+    limits,
     objects::{self, now},
+    queue::{Limiter, Queue},
+    read::{JOB, flag, has_hotplug_volumes, is_down, is_final, is_ready, is_target, key, priority, text, vmi_key},
+    status, timeouts,
 };
 
-/// How often a waiting migration looks again.
-const EVERY: Duration = Duration::from_millis(100);
+pub(super) const TARGET_NODE: &str = "kubevirt.io/migrationTargetNodeName";
+const OBSERVED: &str = "kubevirt.io/latest-observed-api-version";
 const VMI_NAME: &str = "kubevirt.io/vmi-name";
-const PENDING_TIMEOUT: &str = "kubevirt.io/migrationPendingPodTimeoutSeconds";
-/// How long a target pod may stay pending, in seconds, where no annotation says otherwise.
-const DEFAULT_PENDING_TIMEOUT: i64 = 900;
-const CANCELED: &str = "Migration failed due to being canceled";
+/// What a running migration, and a waiting one that only has a deadline, are worth in the queue.
+pub(super) const RUNNING: i64 = 1000;
 
-/// What a step found.
-enum Step {
-    /// Nothing yet: look again.
-    Wait,
-    /// On to the next phase.
-    To(&'static str),
-    /// It went so.
-    End(Outcome),
-    /// The object is gone or final: nothing left to do.
-    Done,
+/// A VMIM and what belongs to it, as the caches have it.
+pub(super) struct Seen {
+    pub(super) vmim: Arc<DynamicObject>,
+    pub(super) vmi: Arc<DynamicObject>,
+    /// The target pod.
+    pub(super) pod: Option<Arc<Pod>>,
+    /// The pod that holds the hotplugged volumes on the target's side.
+    pub(super) attachment: Option<Arc<Pod>>,
 }
 
-/// One VMIM on its way.
-pub(super) struct Way<M> {
-    shared: Arc<Shared<M>>,
-    on: Hands,
+impl Seen {
+    pub(super) fn phase(&self) -> String {
+        text(&self.vmim.data, "/status/phase")
+    }
+
+    pub(super) fn uid(&self) -> String {
+        self.vmim.uid().unwrap_or_default()
+    }
+
+    pub(super) fn is_deleted(&self) -> bool {
+        self.vmim.metadata.deletion_timestamp.is_some()
+    }
+
+    /// Is the VMI's migrationState this migration's?
+    pub(super) fn owns_state(&self) -> bool {
+        text(&self.vmi.data, "/status/migrationState/migrationUid") == self.uid()
+    }
+
+    /// Does the VMI say anything of any migration? (`IsMigrationSynchronized` of a local one.)
+    pub(super) fn has_state(&self) -> bool {
+        self.vmi.data.pointer("/status/migrationState").is_some_and(serde_json::Value::is_object)
+    }
+
+    pub(super) fn state(&self, field: &str) -> bool {
+        flag(&self.vmi.data, &format!("/status/migrationState/{field}"))
+    }
+
+    pub(super) fn state_text(&self, field: &str) -> String {
+        text(&self.vmi.data, &format!("/status/migrationState/{field}"))
+    }
 }
 
-impl<M: Mover> Way<M> {
-    pub(super) fn new(shared: Arc<Shared<M>>, vmim: &DynamicObject) -> Self {
-        let on = Hands::new(&shared.client, vmim);
-        Self { shared, on }
+/// The controller.
+pub(super) struct Migrations {
+    pub(super) core: Arc<Core>,
+    pub(super) queue: Queue,
+    /// VMIMs whose pod was made and has not been seen yet: nothing new is started meanwhile.
+    expected: Mutex<HashSet<String>>,
+    /// VMIMs that were handed over, whether or not the caches know.
+    handed_over: Mutex<HashSet<String>>,
+}
+
+impl Migrations {
+    pub(super) fn new(core: Arc<Core>) -> Self {
+        let queue = Queue::new(Limiter::DEFAULT);
+        Self { core, queue, expected: Mutex::default(), handed_over: Mutex::default() }
     }
 
-    /// Takes it to its end. What a step found is not lost while the API server is away: it is written again until it is taken.
-    pub(super) async fn walk(self) {
-        let mut found = Step::Wait;
-        loop {
-            let written = match &found {
-                Step::Wait => Ok(()),
-                Step::To(phase) => self.on.enter(phase, None).await,
-                Step::End(outcome) => self.on.finish(outcome).await,
-                Step::Done => break,
-            };
-            let next = match written {
-                Ok(()) if matches!(found, Step::End(_)) => Ok(Step::Done),
-                // From here on the old step is done: an error below must not write it again.
-                Ok(()) => {
-                    found = Step::Wait;
-                    self.step().await
+    /// Works for ever.
+    pub(super) async fn run(self, mut changes: mpsc::UnboundedReceiver<Change>) {
+        let listen = async {
+            while let Some(change) = changes.recv().await {
+                self.enqueue(&change);
+            }
+        };
+        let work = async {
+            loop {
+                let (key, priority) = self.queue.next().await;
+                match self.execute(&key).await {
+                    Ok(()) => self.queue.forget(&key),
+                    Err(error) => {
+                        tracing::debug!("migration {key}: {error:#}; trying again");
+                        self.queue.retry(&key, priority);
+                    }
                 }
-                Err(error) => Err(error),
-            };
-            match next {
-                Ok(step) => found = step,
-                Err(error) => tracing::debug!("migration {}/{}: {error:#}; trying again", self.on.namespace, self.on.name),
             }
-            tokio::time::sleep(EVERY).await;
-        }
-        self.shared.slots.lock().await.remove(&self.on.uid);
-    }
-
-    async fn step(&self) -> Result<Step> {
-        let Some(vmim) = self.on.this().await? else { return Ok(Step::Done) };
-        let phase = text(&vmim.data, "/status/phase");
-        let deleted = vmim.metadata.deletion_timestamp.is_some();
-        if deleted && matches!(phase.as_str(), "" | "Pending" | "Scheduling" | "Scheduled") {
-            self.on.delete_target_pod().await?;
-            return Ok(Step::End(Outcome::failure(CANCELED)));
-        }
-        if matches!(phase.as_str(), "Succeeded" | "Failed") {
-            return Ok(Step::Done);
-        }
-        let Some(vmi) = self.on.vmis.get_opt(&self.on.vmi_name).await? else {
-            return Ok(Step::End(Outcome::failure(format!("VirtualMachineInstance {} not found", self.on.vmi_name))));
         };
-        match phase.as_str() {
-            "" => self.admit(&vmim, &vmi).await,
-            "Pending" => self.queue(&vmim, &vmi).await,
-            "Scheduling" => self.schedule(&vmim, &vmi).await,
-            "Scheduled" => self.hand_off(&vmi).await,
-            "PreparingTarget" => self.prepare_target().await,
-            "TargetReady" => self.begin().await,
-            "Running" => self.run(&vmi).await.map(Step::End),
-            other => bail!("{other} is no phase of a local migration"),
+        tokio::join!(listen, work);
+    }
+
+    fn enqueue(&self, change: &Change) {
+        match change {
+            Change::Vmim(vmim) => self.add(vmim),
+            Change::Vmi(vmi) => self.core.vmims_of(vmi).iter().for_each(|vmim| self.add(vmim)),
+            Change::Pod(pod) => {
+                let job = pod.labels().get(JOB).cloned().unwrap_or_default();
+                lock(&self.expected).remove(&job);
+                let of_job = |vmim: &&Arc<DynamicObject>| vmim.uid().as_deref() == Some(job.as_str());
+                self.core.vmims().iter().filter(of_job).for_each(|vmim| self.add(vmim));
+            }
+            Change::Node(_) => {}
+            // The limits may have changed.
+            Change::KubeVirt => self.core.vmims().iter().for_each(|vmim| self.add(vmim)),
         }
     }
 
-    /// Takes the VMIM in; what virt-api would have refused ends here.
-    async fn admit(&self, vmim: &DynamicObject, vmi: &DynamicObject) -> Result<Step> {
-        let patch =
-            json!({ "metadata": { "labels": { VMI_NAME: self.on.vmi_name }, "finalizers": with(vmim.finalizers(), FINALIZER) } });
-        self.on.vmims.patch(&self.on.name, &PatchParams::default(), &Patch::Merge(patch)).await?;
-        if matches!(text(&vmi.data, "/status/phase").as_str(), "Succeeded" | "Failed") {
-            return Ok(Step::End(Outcome::failure("Cannot migrate VMI in finalized state.")));
-        }
-        if condition(vmi, "LiveMigratable").as_deref() == Some("False") {
-            return Ok(Step::End(Outcome::failure("Cannot migrate VMI, it is not live migratable")));
-        }
-        let others = self.on.vmims.list(&ListParams::default()).await?;
-        let in_flight = others.iter().find(|other| {
-            other.uid().as_deref() != Some(&self.on.uid)
-                && text(&other.data, "/spec/vmiName") == self.on.vmi_name
-                && !matches!(text(&other.data, "/status/phase").as_str(), "" | "Succeeded" | "Failed")
-        });
-        if let Some(other) = in_flight {
-            let reason =
-                format!("in-flight migration detected. Active migration job ({}) is already in progress", other.name_any());
-            return Ok(Step::End(Outcome::failure(reason)));
-        }
-        Ok(Step::To("Pending"))
+    fn add(&self, vmim: &DynamicObject) {
+        let running = text(&vmim.data, "/status/phase") == "Running";
+        self.queue.add(&key(vmim), if running { RUNNING } else { priority(vmim) });
     }
 
-    /// Waits for a place within the parallel limits, then asks for the target pod.
-    async fn queue(&self, vmim: &DynamicObject, vmi: &DynamicObject) -> Result<Step> {
-        let source = self.on.source(vmi).await?;
-        if text(&vmim.data, "/status/migrationState/sourcePod") != source.pod {
-            let patch = json!({ "status": { "migrationState": { "sourcePod": source.pod } } });
-            self.on.vmims.patch_status(&self.on.name, &PatchParams::default(), &Patch::Merge(patch)).await?;
+    async fn execute(&self, name: &str) -> Result<()> {
+        let Some(vmim) = self.core.vmim(name) else { return Ok(()) };
+        if !vmim.annotations().contains_key(OBSERVED) {
+            return self.observe(&vmim).await;
         }
-        let configuration = Configuration::of_cluster(self.on.kubevirt().await?.as_ref());
-        let limit = |name| usize::try_from(configuration.number(name)).unwrap_or(usize::MAX);
-        {
-            let mut slots = self.shared.slots.lock().await;
-            if !slots.contains_key(&self.on.uid) {
-                let outbound = slots.values().filter(|node| **node == source.node).count();
-                if slots.len() >= limit("parallelMigrationsPerCluster") || outbound >= limit("parallelOutboundMigrationsPerNode")
-                {
-                    return Ok(Step::Wait);
+        let Some(vmi) = self.core.vmi(&vmi_key(&vmim)) else {
+            if vmim.metadata.deletion_timestamp.is_none() {
+                let deleted = self.core.api_vmims(&vmim).delete(&vmim.name_any(), &DeleteParams::default()).await;
+                deleted.map(drop).context("cannot delete the migration of a VMI that is gone")?;
+            }
+            return Ok(());
+        };
+        let uid = vmim.uid().unwrap_or_default();
+        let pod = self.target_pod(&vmi, &uid);
+        let attachment = pod.as_ref().and_then(|pod| self.core.pods_of(&pod.uid().unwrap_or_default()).into_iter().next());
+        let seen = Seen { vmim, vmi, pod, attachment };
+        let satisfied = !lock(&self.expected).contains(&uid);
+        let synced = if satisfied { self.sync(name, &seen).await } else { Ok(()) };
+        let handed_over = seen.owns_state() || lock(&self.handed_over).contains(&uid);
+        status::update(&self.core, &seen, handed_over).await?;
+        synced?;
+        if is_final(&seen.vmim) {
+            limits::forget_old(&self.core, &seen.vmi).await?;
+            // A place is free.
+            for pending in limits::pending_by_priority(&self.core) {
+                self.queue.add(&key(pending.as_ref()), priority(&pending));
+            }
+        }
+        Ok(())
+    }
+
+    /// The first thing ever done to a VMIM: it is stored as this version has it, with its label.
+    async fn observe(&self, vmim: &DynamicObject) -> Result<()> {
+        let mut vmim = vmim.clone();
+        let vmi = text(&vmim.data, "/spec/vmiName");
+        vmim.labels_mut().entry(VMI_NAME.to_owned()).or_insert(vmi);
+        for annotation in [OBSERVED, "kubevirt.io/storage-observed-api-version"] {
+            vmim.annotations_mut().insert(annotation.to_owned(), "v1".to_owned());
+        }
+        let written = self.core.api_vmims(&vmim).replace(&vmim.name_any(), &PostParams::default(), &vmim).await;
+        written.map(drop).context("cannot take in the migration")
+    }
+
+    /// The launcher among the pods of this job: attachment pods carry the job's label, too.
+    fn target_pod(&self, vmi: &DynamicObject, uid: &str) -> Option<Arc<Pod>> {
+        self.core.pods_of(&vmi.uid().unwrap_or_default()).into_iter().find(|pod| is_target(pod, uid))
+    }
+
+    async fn sync(&self, name: &str, seen: &Seen) -> Result<()> {
+        if seen.vmi.metadata.deletion_timestamp.is_some() || (seen.owns_state() && seen.state("completed")) {
+            return Ok(());
+        }
+        if !limits::can_migrate(&self.core, seen) {
+            bail!("vmi is ineligible for migration because another migration job is running");
+        }
+        let handed_over = seen.owns_state() || lock(&self.handed_over).contains(&seen.uid());
+        match (seen.phase().as_str(), &seen.pod) {
+            ("Pending" | "Scheduling", _) if seen.is_deleted() => self.cancel(seen).await,
+            ("Scheduled", _) if seen.is_deleted() && !handed_over => self.cancel(seen).await,
+            ("Pending", None) => self.create_target_pod(name, seen).await,
+            ("Pending", Some(pod)) if is_ready(pod) => {
+                if has_hotplug_volumes(&seen.vmi) && seen.attachment.is_none() {
+                    return self.create_attachment_pod(seen, pod).await;
                 }
-                slots.insert(self.on.uid.clone(), source.node);
+                Ok(())
             }
-        }
-        let pod =
-            serde_json::from_value(objects::launcher_pod(vmi, &self.on.target_pod_name(), Some((&self.on.uid, &self.on.name))))?;
-        match self.on.pods.create(&PostParams::default(), &pod).await {
-            Ok(_) => {
-                self.on.event(EventType::Normal, "SuccessfulCreate", &format!("Created target pod {}", pod.name_any())).await;
+            ("Pending" | "Scheduling", Some(pod)) => timeouts::handle(self, name, seen, pod).await,
+            ("Scheduled", Some(pod)) if is_ready(pod) => self.hand_over(seen, pod).await,
+            ("PreparingTarget" | "TargetReady", pod) => {
+                let down = pod.as_ref().is_none_or(|pod| is_down(pod));
+                if down && seen.state_text("startTimestamp").is_empty() && !seen.state("failed") {
+                    return self.mark_failed(seen).await;
+                }
+                Ok(())
             }
-            Err(kube::Error::Api(status)) if status.is_already_exists() => {}
-            Err(error) => return Err(error).context("cannot create the target pod"),
+            ("Failed", _) if seen.owns_state() && !seen.state("failed") => self.mark_failed(seen).await,
+            ("Running", _) if seen.is_deleted() => self.request_abort(seen).await,
+            _ => Ok(()),
         }
-        Ok(Step::To("Scheduling"))
     }
 
-    /// Scheduler and kubelet: binds the pod unless it is gated, and lets it run.
-    async fn schedule(&self, vmim: &DynamicObject, vmi: &DynamicObject) -> Result<Step> {
-        let Some(pod) = self.on.pods.get_opt(&self.on.target_pod_name()).await? else {
-            return Ok(Step::End(Outcome::failure("Target pod is down")));
-        };
-        let spec = pod.spec.clone().unwrap_or_default();
-        let node = match (spec.scheduling_gates.unwrap_or_default().is_empty(), spec.node_name) {
-            (_, Some(node)) => Some(node),
-            (true, None) => self.free_node(vmim, vmi).await?,
-            (false, None) => None,
-        };
-        let Some(node) = node else {
-            let timeout =
-                vmim.annotations().get(PENDING_TIMEOUT).and_then(|text| text.parse().ok()).unwrap_or(DEFAULT_PENDING_TIMEOUT);
-            let age = pod.creation_timestamp().map_or(0, |created| jiff::Timestamp::now().duration_since(created.0).as_secs());
-            if age > timeout {
-                self.on.delete_target_pod().await?;
-                return Ok(Step::End(Outcome::failure(format!("target pod is pending for longer than {timeout} seconds"))));
-            }
-            return Ok(Step::Wait);
-        };
-        if pod.spec.is_some_and(|spec| spec.node_name.is_none()) {
-            objects::bind(&self.on.pods, &self.on.target_pod_name(), &node).await?;
+    /// `handlePreHandoffMigrationCancel`
+    async fn cancel(&self, seen: &Seen) -> Result<()> {
+        let Some(pod) = &seen.pod else { return Ok(()) };
+        let note = format!("migration canceled and pod {} is deleted", key(pod.as_ref()));
+        self.delete_pod(seen, pod, &note).await
+    }
+
+    pub(super) async fn delete_pod(&self, seen: &Seen, pod: &Pod, note: &str) -> Result<()> {
+        match self.core.api_pods(pod.namespace()).delete(&pod.name_any(), &DeleteParams::default()).await {
+            Ok(_) => self.core.event(&seen.vmim, EventType::Normal, "SuccessfulDelete", note).await,
+            Err(kube::Error::Api(status)) if status.is_not_found() => {}
+            Err(error) => return Err(error).context("cannot delete the target pod"),
         }
-        objects::run(&self.on.pods, &self.on.target_pod_name()).await?;
-        Ok(Step::To("Scheduled"))
+        Ok(())
     }
 
-    /// The first node by name that may take the guest.
-    async fn free_node(&self, vmim: &DynamicObject, vmi: &DynamicObject) -> Result<Option<String>> {
-        let source = text(&vmi.data, "/status/nodeName");
-        let wanted = vmim.data.pointer("/spec/addedNodeSelector").and_then(Value::as_object).cloned().unwrap_or_default();
-        let nodes: Api<Node> = Api::all(self.on.client.clone());
-        let schedulable = nodes.list(&ListParams::default().labels("kubevirt.io/schedulable=true")).await?;
-        let fits = |node: &Node| {
-            node.name_any() != source
-                && node.spec.as_ref().is_none_or(|spec| spec.unschedulable != Some(true))
-                && wanted.iter().all(|(key, value)| node.labels().get(key).map(String::as_str) == value.as_str())
-        };
-        Ok(schedulable.iter().filter(|node| fits(node)).map(ResourceExt::name_any).min())
+    /// `handleTargetPodCreation`: within the parallel limits, and not in the time after a failure.
+    async fn create_target_pod(&self, name: &str, seen: &Seen) -> Result<()> {
+        if let Some(left) = backoff::left(&self.core, seen) {
+            self.queue.add_after(name, RUNNING, left);
+            let note = format!("backoff migrating vmi {}", key(seen.vmi.as_ref()));
+            self.core.event(&seen.vmi, EventType::Warning, "MigrationBackoff", &note).await;
+            return Ok(());
+        }
+        let Some(source) = limits::current_pod(&self.core, &seen.vmi) else { return Ok(()) };
+        let priority = priority(&seen.vmim);
+        if !lock(&self.expected).is_empty() || limits::active_pods(&self.core, &seen.vmi) > 1 {
+            self.queue.add_after(name, priority, Duration::from_secs(1));
+            return Ok(());
+        }
+        if limits::are_reached(&self.core, &seen.vmi) {
+            self.queue.add_after(name, priority, limits::delay(priority));
+            return Ok(());
+        }
+        if text(&seen.vmi.data, "/status/phase") != "Running" {
+            return Ok(());
+        }
+        let pod = objects::target_pod(&seen.vmi, &seen.vmim, &source);
+        let uid = seen.uid();
+        lock(&self.expected).insert(uid.clone());
+        match self.core.api_pods(seen.vmi.namespace()).create(&PostParams::default(), &serde_json::from_value(pod)?).await {
+            Ok(pod) => {
+                let note = format!("Created migration target pod {}", pod.name_any());
+                self.core.event(&seen.vmim, EventType::Normal, "SuccessfulCreate", &note).await;
+                Ok(())
+            }
+            Err(error) => {
+                lock(&self.expected).remove(&uid);
+                let note = format!("Error creating pod: {error}");
+                self.core.event(&seen.vmi, EventType::Warning, "FailedCreate", &note).await;
+                Err(error).context("cannot create the target pod")
+            }
+        }
     }
 
-    /// Resolves the configuration, once and for all, and hands the migration over to the nodes.
-    async fn hand_off(&self, vmi: &DynamicObject) -> Result<Step> {
-        let Some(target) = self.on.target().await? else { return Ok(Step::End(Outcome::failure("Target pod is down"))) };
-        let source = self.on.source(vmi).await?;
-        let namespaces: Api<Namespace> = Api::all(self.on.client.clone());
-        let namespace = namespaces.get(&self.on.namespace).await?;
-        let policies: Api<DynamicObject> = Api::all_with(self.on.client.clone(), &objects::policy_resource());
-        let policies = policies.list(&ListParams::default()).await?.items;
-        let policies = policies.iter().map(serde_json::to_value).collect::<Result<Vec<_>, _>>()?;
-        let policy = winner(&policies, vmi.labels(), namespace.labels());
-        let configuration = Configuration::of_cluster(self.on.kubevirt().await?.as_ref()).under(policy);
+    async fn create_attachment_pod(&self, seen: &Seen, owner: &Pod) -> Result<()> {
+        let uid = seen.uid();
+        let pod = serde_json::from_value(objects::attachment_pod(&seen.vmim, owner))?;
+        lock(&self.expected).insert(uid.clone());
+        match self.core.api_pods(owner.namespace()).create(&PostParams::default(), &pod).await {
+            Ok(pod) => {
+                let note = format!("Created attachment pod {}", pod.name_any());
+                self.core.event(&seen.vmim, EventType::Normal, "SuccessfulCreate", &note).await;
+                Ok(())
+            }
+            Err(error) => {
+                lock(&self.expected).remove(&uid);
+                Err(error).context("cannot create the attachment pod")
+            }
+        }
+    }
+
+    /// `handleTargetPodHandoff`: the effective configuration is read here, once and for all, and virt-handler takes over.
+    async fn hand_over(&self, seen: &Seen, pod: &Pod) -> Result<()> {
+        if seen.owns_state() {
+            return Ok(());
+        }
+        let target = pod.spec.as_ref().and_then(|spec| spec.node_name.clone()).unwrap_or_default();
+        let namespace =
+            self.core.namespace(&seen.vmi.namespace().unwrap_or_default()).context("the VMI's namespace is not known")?;
+        let policies = self.core.policies();
+        let policy = winner(&policies, seen.vmi.labels(), namespace.labels());
+        let configuration = Configuration::of_cluster(self.core.kubevirt().as_ref()).under(policy);
         let mut state = json!({
-            "migrationUid": self.on.uid,
-            "sourceNode": source.node,
-            "sourcePod": source.pod,
-            "targetNode": target.node,
-            "targetPod": target.pod,
+            "migrationUid": seen.uid(),
+            "sourceNode": text(&seen.vmi.data, "/status/nodeName"),
+            "sourcePod": text(&seen.vmim.data, "/status/migrationState/sourcePod"),
+            "targetNode": target,
+            "targetPod": pod.name_any(),
             "migrationConfiguration": configuration.to_json(),
         });
         if let Some(name) = policy.and_then(|policy| policy.pointer("/metadata/name")) {
             state["migrationPolicyName"] = name.clone();
         }
-        self.on
-            .update_vmi(|vmi| {
-                vmi.labels_mut().insert(TARGET_NODE.to_owned(), target.node.clone());
-                vmi.data["status"]["migrationState"] = state.clone();
-            })
-            .await?;
-        self.on
-            .event(EventType::Normal, "SuccessfulHandOver", "Migration target pod is ready for preparation by virt-handler.")
-            .await;
-        Ok(Step::To("PreparingTarget"))
+        if let Some(attachment) = &seen.attachment {
+            state["targetAttachmentPodUID"] = json!(attachment.uid());
+        }
+        let mut vmi = (*seen.vmi).clone();
+        vmi.labels_mut().insert(TARGET_NODE.to_owned(), target);
+        vmi.data["status"]["migrationState"] = state;
+        self.core.replace_vmi(&vmi).await?;
+        lock(&self.handed_over).insert(seen.uid());
+        let note = "Migration target pod is ready for preparation by virt-handler.";
+        self.core.event(&seen.vmim, EventType::Normal, "SuccessfulHandOver", note).await;
+        Ok(())
     }
 
-    /// virt-handler of the target node: somebody listens there.
-    async fn prepare_target(&self) -> Result<Step> {
-        let target = self.on.target().await?;
-        self.on
-            .update_vmi(|vmi| {
-                let state = &mut vmi.data["status"]["migrationState"];
-                state["targetNodeAddress"] = json!("127.0.0.1");
-                state["targetDirectMigrationNodePorts"] = json!({});
-                if let Some(target) = &target {
-                    vmi.data["status"]["activePods"][&target.pod_uid] = json!(target.node);
-                }
-            })
-            .await?;
-        Ok(Step::To("TargetReady"))
-    }
-
-    /// virt-handler of the source node: off it goes.
-    async fn begin(&self) -> Result<Step> {
-        self.on.update_vmi(|vmi| vmi.data["status"]["migrationState"]["startTimestamp"] = json!(now())).await?;
-        Ok(Step::To("Running"))
-    }
-
-    /// Lets the mover work under KubeVirt's rules and passes on a cancellation.
-    async fn run(&self, vmi: &DynamicObject) -> Result<Outcome> {
-        let state = &vmi.data["status"]["migrationState"];
-        let Some(target) = self.on.target().await? else { return Ok(Outcome::failure("Target pod is down")) };
-        let source = self.on.source(vmi).await?;
-        let configuration = Configuration::of_json(&state["migrationConfiguration"]);
-        let memory = memory(vmi)?;
-        let budget = configuration.time_budget(memory);
-        let (give, orders) = watch::channel(Order::GoOn);
-        let mut monitor = Monitor::new(&configuration, budget);
-        let job = Job {
-            namespace: self.on.namespace.clone(),
-            vmi: self.on.vmi_name.clone(),
-            object: vmi.clone(),
-            migration_uid: self.on.uid.clone(),
-            memory,
-            source,
-            target,
-            bandwidth: configuration.bandwidth(),
-            configuration,
-            time_budget: budget,
-            orders,
-        };
-        let mut moving = std::pin::pin!(self.shared.mover.migrate(job));
-        let start = Instant::now();
-        let mut looks = tokio::time::interval(POLL);
-        let mut cancelled = false;
-        loop {
-            tokio::select! {
-                outcome = &mut moving => return Ok(outcome),
-                _ = looks.tick() => {}
-            }
-            // A look that fails is followed by another.
-            let deleted = matches!(self.on.this().await, Ok(Some(vmim)) if vmim.metadata.deletion_timestamp.is_some());
-            let order = monitor.tick(start.elapsed());
-            if deleted && !cancelled && order != Order::StartPostCopy {
-                cancelled = self.request_abort().await.is_ok();
-            }
-            let order = if cancelled { Order::Abort } else { order };
-            let changed = give.send_if_modified(|last| std::mem::replace(last, order) != order);
-            if changed && let Some(mode) = mode(order) {
-                let told = self.on.update_vmi(|vmi| vmi.data["status"]["migrationState"]["mode"] = json!(mode)).await;
-                let _ = told.inspect_err(|error| tracing::debug!("cannot tell the mode: {error:#}"));
+    /// `handleMarkMigrationFailedOnVMI`
+    async fn mark_failed(&self, seen: &Seen) -> Result<()> {
+        if !seen.owns_state() {
+            return Ok(());
+        }
+        let mut vmi = (*seen.vmi).clone();
+        let state = &mut vmi.data["status"]["migrationState"];
+        state["failed"] = json!(true);
+        state["completed"] = json!(true);
+        for time in ["startTimestamp", "endTimestamp"] {
+            if state[time].is_null() {
+                state[time] = json!(now());
             }
         }
+        if state["failureReason"].is_null() {
+            state["failureReason"] = json!("Target pod is down");
+        }
+        self.core.replace_vmi(&vmi).await?;
+        let note = format!("VirtualMachineInstance migration uid {} failed. reason: Target pod is down", seen.uid());
+        self.core.event(&vmi, EventType::Warning, "FailedMigration", &note).await;
+        Ok(())
     }
 
-    async fn request_abort(&self) -> Result<()> {
-        self.on
-            .update_vmi(|vmi| {
-                vmi.data["status"]["migrationState"]["abortRequested"] = json!(true);
-                vmi.data["status"]["migrationState"]["abortStatus"] = json!("Aborting");
-            })
-            .await?;
-        self.on.event(EventType::Normal, "SuccessfulAbortMigration", "Migration aborted").await;
+    /// `markMigrationAbortInVmiStatus`
+    async fn request_abort(&self, seen: &Seen) -> Result<()> {
+        if !seen.has_state() || seen.state("abortRequested") {
+            return Ok(());
+        }
+        let mut vmi = (*seen.vmi).clone();
+        vmi.data["status"]["migrationState"]["abortRequested"] = json!(true);
+        self.core.replace_vmi(&vmi).await?;
+        let note = "Migration is ready to be canceled by virt-handler.";
+        self.core.event(&seen.vmim, EventType::Normal, "SuccessfulAbortMigration", note).await;
         Ok(())
     }
 }
 
-/// `migrationState.mode` under an order.
-fn mode(order: Order) -> Option<&'static str> {
-    match order {
-        Order::GoOn | Order::Abort => None,
-        Order::StartPostCopy => Some("PostCopy"),
-        Order::SuspendGuest => Some("Paused"),
-    }
-}
-
-/// The guest's memory: what KubeVirt's budget is computed from.
-fn memory(vmi: &DynamicObject) -> Result<Bytes> {
-    ["/spec/domain/memory/guest", "/spec/domain/resources/requests/memory"]
-        .iter()
-        .find_map(|path| vmi.data.pointer(path).and_then(quantity))
-        .map(Bytes)
-        .context("the VMI says nowhere how much memory it has")
-}
-
-fn condition(vmi: &DynamicObject, kind: &str) -> Option<String> {
-    let conditions = vmi.data.pointer("/status/conditions")?.as_array()?;
-    conditions.iter().find(|condition| condition["type"] == kind)?["status"].as_str().map(str::to_owned)
+fn lock(set: &Mutex<HashSet<String>>) -> std::sync::MutexGuard<'_, HashSet<String>> {
+    set.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -3,122 +3,32 @@
 //! In: which guests. Out: a [`World`] in which a VirtualMachineInstanceMigration that is admitted really moves its guest from
 //! one QEMU to another. The demonstration and the product's own tests live in it. It ends with its value.
 
-use std::{
-    collections::HashMap,
-    os::unix::fs::PermissionsExt,
-    path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+mod mover;
+
+use std::{collections::HashMap, os::unix::fs::PermissionsExt, path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result, anyhow};
 use kube::Api;
-use migvisor::{api::MigrationForecast, model::forecast::HostConstants, qemu::migration};
+use migvisor::{api::MigrationForecast, model::forecast::HostConstants};
 use nix::sys::signal::Signal;
 use rustls::pki_types::{CertificateDer, pem::PemObject};
-use serde_json::json;
 
 use crate::{
-    cluster::{ControlPlane, Process, WebhookCertificate, free_port},
-    kubevirt::{self, Job, KubeVirt, Mover, Order, objects, running_vmi},
-    lab::{self, DomainSpec, GuestSpec, Launcher, Settings, Truth, Vm, VmSpec, cgroup::Driver, libvirt::Mode},
+    cluster::{ControlPlane, Process, WebhookCertificate, account, free_port},
+    kubevirt::{self, KubeVirt, objects, running_vmi},
+    lab::{DomainSpec, GuestSpec, Launcher, Truth, Vm, VmSpec, cgroup::Driver, libvirt::Mode},
 };
+use mover::{Guests, LabMover, socket};
 
 /// The node that every guest starts on.
 pub const NODE: &str = "node-a";
 /// The node that they are moved to.
 pub const OTHER_NODE: &str = "node-b";
-/// KubeVirt's part keeps the clock; the laboratory's own budget only has to be longer.
-const SLACK: Duration = Duration::from_secs(60);
-
 /// Our own custom resources, as they are shipped.
-const CRDS: [&str; 2] =
-    [include_str!("../crds/migrationforecasts.migvisor.io.yaml"), include_str!("../crds/predictionpolicies.migvisor.io.yaml")];
-
-/// The guests, by namespace and name, and what became of their migrations.
-#[derive(Debug, Default)]
-struct Guests {
-    vms: Mutex<HashMap<(String, String), Vm>>,
-    truths: Mutex<HashMap<(String, String), Truth>>,
-}
-
-impl Guests {
-    fn take(&self, key: &(String, String)) -> Result<Vm> {
-        let vm = self.vms.lock().unwrap_or_else(PoisonError::into_inner).remove(key);
-        vm.ok_or_else(|| anyhow!("no guest {}/{} runs here, or it is being moved", key.0, key.1))
-    }
-
-    fn put(&self, key: &(String, String), vm: Vm) {
-        self.vms.lock().unwrap_or_else(PoisonError::into_inner).insert(key.clone(), vm);
-    }
-}
-
-/// Moves a guest between two QEMUs, as virt-launcher would.
-struct LabMover {
-    guests: Arc<Guests>,
-    sockets: PathBuf,
-}
-
-impl Mover for LabMover {
-    async fn migrate(&self, job: Job) -> kubevirt::Outcome {
-        match self.try_migrate(job).await {
-            Ok(outcome) => outcome,
-            Err(error) => kubevirt::Outcome::failure(format!("{error:#}")),
-        }
-    }
-}
-
-impl LabMover {
-    async fn try_migrate(&self, mut job: Job) -> Result<kubevirt::Outcome> {
-        let key = (job.namespace.clone(), job.vmi.clone());
-        let mut source = self.guests.take(&key)?;
-        let spec = source.spec().clone().qmp(socket(&self.sockets, &job.target.pod_uid));
-        let mut target = match Vm::incoming(spec).await {
-            Ok(target) => target,
-            Err(error) => {
-                self.guests.put(&key, source);
-                return Err(error);
-            }
-        };
-        let settings = Settings {
-            bandwidth: job.bandwidth,
-            time_budget: job.time_budget.unwrap_or(Duration::from_secs(3600)) + SLACK,
-            ..Settings::uncapped()
-        };
-        let ended = tokio::select! {
-            ended = lab::migrate(&mut source, &mut target, settings) => ended.map(Some),
-            () = aborted(&mut job) => Ok(None),
-        };
-        let outcome = match ended {
-            Ok(Some(truth)) => {
-                let outcome = match truth.status {
-                    lab::Outcome::Completed => kubevirt::Outcome::success(),
-                    lab::Outcome::TimedOut | lab::Outcome::Failed => kubevirt::Outcome::aborted(),
-                };
-                self.guests.truths.lock().unwrap_or_else(PoisonError::into_inner).insert(key.clone(), truth);
-                outcome
-            }
-            Ok(None) => {
-                migration::cancel(source.lab()).await?;
-                kubevirt::Outcome::aborted()
-            }
-            Err(error) => kubevirt::Outcome::failure(format!("{error:#}")),
-        };
-        self.guests.put(&key, if outcome.succeeded { target } else { source });
-        Ok(outcome)
-    }
-}
-
-async fn aborted(job: &mut Job) {
-    let mut order = Order::GoOn;
-    while order != Order::Abort {
-        order = job.next_order(order).await;
-    }
-}
-
-fn socket(directory: &Path, pod_uid: &str) -> PathBuf {
-    directory.join(format!("{pod_uid}.sock"))
-}
+const CRDS: [&str; 2] = [
+    include_str!("../../crds/migrationforecasts.migvisor.io.yaml"),
+    include_str!("../../crds/predictionpolicies.migvisor.io.yaml"),
+];
 
 /// See the module.
 pub struct World {
@@ -138,24 +48,29 @@ pub struct World {
 
 impl World {
     /// A control plane with everybody's kinds, two nodes, and KubeVirt's part with this configuration
-    /// (`spec.configuration.migrations`). Nothing of the product runs yet.
+    /// (`spec.configuration.migrations`). Nothing of the product runs yet; what will acts as the administrator.
     pub async fn start(migrations: serde_json::Value) -> Result<Self> {
-        let plane = ControlPlane::start().await?;
+        Self::around(ControlPlane::start().await?, migrations).await
+    }
+
+    /// As [`World::start`], as a whole cluster: target pods are scheduled by kube-scheduler, KWOK runs them, and the product's parts act with
+    /// their own service accounts and the rights of `config/base`.
+    pub async fn start_whole(migrations: serde_json::Value) -> Result<Self> {
+        Self::around(ControlPlane::start_whole().await?, migrations).await
+    }
+
+    async fn around(plane: ControlPlane, migrations: serde_json::Value) -> Result<Self> {
         let client = plane.client()?;
         kubevirt::install_crds(&client).await?;
-        objects::install(&client, &CRDS).await?;
+        if plane.is_whole() {
+            plane.install_base().await?;
+        } else {
+            objects::install(&client, &CRDS).await?;
+        }
         for node in [NODE, OTHER_NODE] {
             objects::create_node(&client, node).await?;
         }
-        let namespace = json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": "kubevirt" } });
-        plane.accepts(&namespace.to_string()).await?;
-        let configuration = json!({
-            "apiVersion": "kubevirt.io/v1",
-            "kind": "KubeVirt",
-            "metadata": { "namespace": "kubevirt", "name": "kubevirt" },
-            "spec": { "configuration": { "migrations": migrations } },
-        });
-        plane.accepts(&configuration.to_string()).await?;
+        objects::create_kubevirt(&client, migrations).await?;
         let guests = Arc::new(Guests::default());
         let sockets = plane.directory().join("qmp");
         std::fs::create_dir(&sockets).context("cannot make the directory of QMP sockets")?;
@@ -163,7 +78,8 @@ impl World {
         let directory = plane.directory();
         std::fs::set_permissions(directory, PermissionsExt::from_mode(0o711)).context("cannot open the world's directory")?;
         std::fs::create_dir(directory.join("pods")).context("cannot make the directory of pods")?;
-        let kubevirt = KubeVirt::start(client, LabMover { guests: Arc::clone(&guests), sockets });
+        let kubevirt = KubeVirt::start(&plane, LabMover { guests: Arc::clone(&guests), sockets }).await?;
+        plane.nodes_are_ready(&[NODE, OTHER_NODE]).await?;
         let local = |port: u16| format!("127.0.0.1:{port}");
         Ok(Self {
             kubevirt: Some(kubevirt),
@@ -195,6 +111,11 @@ impl World {
         let vm = Vm::start(spec.qmp(&qmp)).await?;
         self.guests.put(&(namespace.to_owned(), name.to_owned()), vm);
         Ok(qmp)
+    }
+
+    /// Announces a VM without a guest: a VMI that runs on this node, with its launcher pod.
+    pub async fn announce(&self, namespace: &str, name: &str, node: &str) -> Result<()> {
+        running_vmi(&self.plane.client()?, namespace, name, node, "512Mi").await.map(drop)
     }
 
     /// The directory of pods, as a kubelet would lay it out.
@@ -237,8 +158,7 @@ impl World {
 
     /// What became of a guest's migration: the truth, as QEMU told it.
     pub fn truth(&self, namespace: &str, name: &str) -> Option<Truth> {
-        let truths = self.guests.truths.lock().unwrap_or_else(PoisonError::into_inner);
-        truths.get(&(namespace.to_owned(), name.to_owned())).cloned()
+        self.guests.truth(&(namespace.to_owned(), name.to_owned()))
     }
 
     /// Starts `migvisor agent` for [`NODE`], with this host's constants, and waits until it is ready.
@@ -254,15 +174,31 @@ impl World {
     async fn start_agent_among(&mut self, vms: [&str; 2], host: &HostConstants, more: &[&str]) -> Result<()> {
         let constants = self.plane.directory().join("host.json");
         std::fs::write(&constants, serde_json::to_vec(host)?).context("cannot write the host's constants")?;
-        let checkpoint = self.plane.directory().join("checkpoint");
-        let (health, constants, checkpoint) =
-            (self.agent_health.clone(), constants.to_string_lossy(), checkpoint.to_string_lossy());
-        let mut args = vec!["agent", "--node", NODE, "--listen", &health, "--host", &constants, "--checkpoint", &checkpoint];
-        args.extend(vms);
-        args.extend(more);
-        let process = self.plane.product("agent", &args, &[])?;
-        self.processes.insert("agent", process);
-        self.ready("agent", &health).await
+        let constants = constants.to_string_lossy().into_owned();
+        let health = self.agent_health.clone();
+        self.start_agent_on("agent", NODE, &health, &[&["--host", &constants], &vms[..], more].concat()).await
+    }
+
+    /// Starts `migvisor agent` under this name for a node, and waits until it is ready.
+    pub async fn start_agent_on(&mut self, name: &'static str, node: &str, health: &str, more: &[&str]) -> Result<()> {
+        let checkpoint = self.plane.directory().join(format!("checkpoint-{node}"));
+        let checkpoint = checkpoint.to_string_lossy();
+        let args = [&["agent", "--node", node, "--listen", health, "--checkpoint", &checkpoint], more].concat();
+        let process = self.product(name, ("migvisor-agent", node), &args).await?;
+        self.processes.insert(name, process);
+        self.ready(name, health).await
+    }
+
+    /// A part of the product: with the token of its own pod on that node, or as the administrator where the cluster is not whole.
+    async fn product(&self, name: &str, (account, node): (&str, &str), args: &[&str]) -> Result<Process> {
+        if !self.plane.is_whole() {
+            return self.plane.product(name, args, &[]);
+        }
+        let pod = self.plane.unique(name);
+        let kubeconfig = self.plane.account(account, Some((&pod, node))).await?.kubeconfig;
+        let kubeconfig = kubeconfig.to_string_lossy();
+        // Its own file is all that it has.
+        self.plane.product(name, &[args, &["--kubeconfig", &kubeconfig]].concat(), &[("KUBECONFIG", "/nonexistent")])
     }
 
     /// Starts `migvisor controller` with its webhooks installed, and waits until it is ready.
@@ -278,8 +214,11 @@ impl World {
         let (cert, key) = (self.certificate.certificate.to_string_lossy(), self.certificate.key.to_string_lossy());
         let mut args =
             vec!["controller", "--webhook-listen", &listen, "--listen", health, "--tls-cert", &cert, "--tls-key", &key];
+        if self.plane.is_whole() {
+            args.extend(["--lease-namespace", account::NAMESPACE]);
+        }
         args.extend(more);
-        let process = self.plane.product(name, &args, &[])?;
+        let process = self.product(name, ("migvisor-controller", OTHER_NODE), &args).await?;
         self.processes.insert(name, process);
         self.ready(name, health).await
     }
