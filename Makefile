@@ -10,10 +10,10 @@ SKIPPED := $(abspath $(TARGET))/skipped.txt
 
 .PHONY: help
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: setup
-setup: ## Install QEMU and build the Kubernetes tools that demo and test need (10 minutes the first time, then a second)
+setup: ## Install QEMU and build the Kubernetes tools that demo and test need (12 minutes the first time, then a second)
 	@e2e/setup/setup.sh >/dev/null
 
 .PHONY: build
@@ -29,6 +29,14 @@ test: kvm setup check build ## Run all checks and all tests (without /dev/kvm: A
 	@rm -f $(SKIPPED)
 	MIGVISOR_SKIPPED=$(SKIPPED) cargo test --workspace --locked --no-fail-fast; ended=$$?; \
 	  if [ -s $(SKIPPED) ]; then echo; echo "Skipped on this machine:"; sort -u $(SKIPPED) | sed 's/^/  /'; fi; exit $$ended
+
+.PHONY: e2e
+e2e: kvm setup build ## Run the scenarios of the whole product in a whole cluster, each with its wall time
+	cargo test --workspace --locked --test scenarios
+
+.PHONY: e2e-cluster
+e2e-cluster: ## Run the same scenarios in the cluster of KUBECONFIG, with the real KubeVirt (see e2e/scenario/given.rs)
+	E2E_CLUSTER=given cargo test --workspace --locked --test scenarios
 
 .PHONY: soak
 soak: kvm setup build ## Prove in full that a dry run never stops its guest: 200 runs, 10 kills (15 to 25 minutes)

@@ -3,8 +3,8 @@
 pub mod cluster;
 pub mod kubevirt;
 pub mod lab;
-mod mover;
 pub mod process;
+pub mod scenario;
 pub mod skip;
 pub mod soak;
 pub mod world;

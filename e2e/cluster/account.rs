@@ -128,6 +128,20 @@ impl ControlPlane {
         Ok((done, refused))
     }
 
+    /// What the product's accounts were refused for want of a right since this control plane started: `USER: RIGHT`.
+    pub fn refused(&self) -> Result<BTreeSet<String>> {
+        let text = std::fs::read_to_string(self.directory().join("audit.log")).context("cannot read the audit log")?;
+        let forbidden = text.lines().filter(|line| line.contains(r#""authorization.k8s.io/decision":"forbid""#));
+        forbidden
+            .map(|line| {
+                let event: Value = serde_json::from_str(line).with_context(|| format!("an odd line in the audit log: {line}"))?;
+                let word = |pointer: &str| event.pointer(pointer).and_then(Value::as_str).unwrap_or_default();
+                let right = right(word("/verb"), word("/objectRef/apiGroup"), word("/objectRef/resource"));
+                Ok(format!("{}: {right}", word("/user/username")))
+            })
+            .collect()
+    }
+
     /// What the `ClusterRole` of this name, and the `Role` in [`NAMESPACE`] if there is one, allow.
     pub async fn rights(&self, name: &str) -> Result<BTreeSet<Right>> {
         let (everywhere, here): (Api<ClusterRole>, Api<Role>) =

@@ -1,9 +1,9 @@
 //! A real control plane for one test: etcd and kube-apiserver on loopback, ready in about 3.5 seconds.
 //!
 //! In: the binaries that `e2e/setup/setup.sh` built. Out: a [`ControlPlane`] with a `kube::Client`, the real `kubectl`,
-//! namespaces, webhooks, and the product's own processes. RBAC is on; there is no scheduler, no kubelet and no
-//! controller-manager, so nothing deletes the content of a deleted namespace, collects garbage or makes service accounts
-//! (the admission plugin that would demand one of every pod is off).
+//! namespaces, webhooks, and the product's own processes. RBAC is on. As [`ControlPlane::start`] leaves it there is no scheduler, no
+//! kubelet and no controller-manager, so nothing deletes the content of a deleted namespace, collects garbage or makes service accounts
+//! (the admission plugin that would demand one of every pod is off); [`ControlPlane::start_whole`] has them all.
 //!
 //! Everything ends on drop, also when the test panics. A test that is killed outright leaves no process (see [`crate::process`])
 //! and a directory that the next start sweeps.
@@ -14,6 +14,7 @@ mod pki;
 pub mod product;
 mod wait;
 mod webhook;
+mod whole;
 
 use std::{
     net::TcpListener,
@@ -37,7 +38,7 @@ use tempfile::TempDir;
 use crate::process;
 
 pub use self::{
-    kubectl::Output,
+    kubectl::{Kubectl, Output},
     pki::{Authority, Pair},
     wait::wait_for,
     webhook::WebhookCertificate,
@@ -52,6 +53,7 @@ const DIRECTORY_PREFIX: &str = "migvisor-e2e-";
 /// A running control plane; see the module.
 pub struct ControlPlane {
     // In the order in which they have to end.
+    attendants: Vec<Process>,
     api_server: Mutex<Process>,
     etcd: Process,
     authority: Authority,
@@ -66,6 +68,18 @@ pub struct ControlPlane {
 impl ControlPlane {
     /// Starts etcd and kube-apiserver and waits until `/readyz` says so. The error carries the tail of their logs.
     pub async fn start() -> Result<Self> {
+        Self::launch(false).await
+    }
+
+    /// As [`ControlPlane::start`], with kube-controller-manager, kube-scheduler and KWOK's kubelets beside it: some seconds more.
+    pub async fn start_whole() -> Result<Self> {
+        let mut plane = Self::launch(true).await?;
+        plane.attendants = whole::start(&plane.tools, plane.directory.path(), plane.port, &plane.authority)?;
+        plane.namespace_is_ready("default").await?;
+        Ok(plane)
+    }
+
+    async fn launch(whole: bool) -> Result<Self> {
         // Both ends of a test speak TLS; the error is that somebody chose a provider before, which is as well.
         let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
         sweep_abandoned();
@@ -80,12 +94,13 @@ impl ControlPlane {
         write_secrets(dir, &authority)?;
         let kubeconfig = write_kubeconfig(dir, "admin", port, &authority, "admin", Some("system:masters"))?;
 
-        let etcd = startetcd(&tools, dir)?;
-        let api_server = start_api_server(&tools, dir, port)?;
+        let etcd = start_etcd(&tools, dir)?;
+        let api_server = start_api_server(&tools, dir, port, whole)?;
         let config = Config::from_custom_kubeconfig(Kubeconfig::read_from(&kubeconfig)?, &KubeConfigOptions::default())
             .await
             .context("cannot read the kubeconfig just written")?;
         let mut plane = Self {
+            attendants: Vec::new(),
             api_server: Mutex::new(api_server),
             etcd,
             authority,
@@ -101,7 +116,7 @@ impl ControlPlane {
         Ok(plane)
     }
 
-    /// One control plane for all tests of this process that run at the same time; it ends with the last of them. For tests
+    /// One whole cluster for all tests of this process that run at the same time; it ends with the last of them. For tests
     /// that keep to their own namespace: webhooks, policies and KubeVirt's configuration are everybody's.
     pub async fn shared() -> Result<Arc<Self>> {
         static SHARED: tokio::sync::Mutex<Weak<ControlPlane>> = tokio::sync::Mutex::const_new(Weak::new());
@@ -109,7 +124,7 @@ impl ControlPlane {
         if let Some(plane) = shared.upgrade() {
             return Ok(plane);
         }
-        let plane = Arc::new(Self::start().await?);
+        let plane = Arc::new(Self::start_whole().await?);
         *shared = Arc::downgrade(&plane);
         Ok(plane)
     }
@@ -117,6 +132,15 @@ impl ControlPlane {
     /// A client with all rights, bound to the calling test's runtime (call it inside one).
     pub fn client(&self) -> Result<Client> {
         Client::try_from(self.config.clone()).context("cannot make a client")
+    }
+
+    /// A client with all rights that acts under this user's name, as admission and the audit log see it.
+    pub fn client_as(&self, user: &str) -> Result<Client> {
+        let mut config = self.config.clone();
+        for (name, value) in [("impersonate-user", user), ("impersonate-group", "system:masters")] {
+            config.headers.push((http::HeaderName::from_static(name), http::HeaderValue::from_str(value)?));
+        }
+        Client::try_from(config).with_context(|| format!("cannot make a client for {user}"))
     }
 
     /// The administrator's kubeconfig.
@@ -157,13 +181,13 @@ impl ControlPlane {
     /// The API server comes (back), at the same address and with the same data; waits until it is ready.
     pub async fn restart_api_server(&self) -> Result<()> {
         self.stop_api_server();
-        let fresh = start_api_server(&self.tools, self.directory.path(), self.port)?;
+        let fresh = start_api_server(&self.tools, self.directory.path(), self.port, self.is_whole())?;
         *self.api_server() = fresh;
         self.ready().await
     }
 
     /// A name that nobody else in this control plane has.
-    fn unique(&self, prefix: &str) -> String {
+    pub fn unique(&self, prefix: &str) -> String {
         format!("{prefix}-{}", self.issued.fetch_add(1, Ordering::Relaxed) + 1)
     }
 
@@ -196,7 +220,7 @@ async fn http_get(client: &Client, path: &str) -> Result<String> {
     Ok(client.request_text(http::Request::get(path).body(Vec::new())?).await?)
 }
 
-/// The folder with etcd, kube-apiserver and kubectl, as `setup.sh --tools` tells it; asked once.
+/// The folder with etcd, kube-apiserver and the others, as `setup.sh --tools` tells it; asked once.
 fn tools() -> Result<PathBuf> {
     static TOOLS: LazyLock<Result<PathBuf, String>> = LazyLock::new(|| {
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("setup/setup.sh");
@@ -268,7 +292,7 @@ fn kubeconfig(dir: &Path, port: u16, user: &str, credentials: &serde_json::Value
 }
 
 /// etcd speaks over unix sockets in the private directory: no port to find, nobody else gets in.
-fn startetcd(tools: &Path, dir: &Path) -> Result<Process> {
+fn start_etcd(tools: &Path, dir: &Path) -> Result<Process> {
     let client = format!("unix://{}", dir.join("etcd.sock").display());
     let peer = format!("unix://{}", dir.join("etcd-peer.sock").display());
     let mut command = process::dying_with_us(tools.join("etcd"));
@@ -281,9 +305,13 @@ fn startetcd(tools: &Path, dir: &Path) -> Result<Process> {
     Process::start("etcd", command, dir.join("etcd.log"))
 }
 
-fn start_api_server(tools: &Path, dir: &Path, port: u16) -> Result<Process> {
+fn start_api_server(tools: &Path, dir: &Path, port: u16, whole: bool) -> Result<Process> {
     let file = |name: &str| dir.join(name).display().to_string();
     let mut command = process::dying_with_us(tools.join("kube-apiserver"));
+    if !whole {
+        // Without a controller-manager no namespace has a default service account, and no pod would be let in.
+        command.arg("--disable-admission-plugins=ServiceAccount");
+    }
     for (flag, value) in [
         ("etcd-servers", format!("unix://{}", file("etcd.sock"))),
         ("bind-address", "127.0.0.1".to_owned()),
@@ -302,8 +330,6 @@ fn start_api_server(tools: &Path, dir: &Path, port: u16) -> Result<Process> {
         ("allow-privileged", "true".to_owned()),
         ("audit-policy-file", file("audit.json")),
         ("audit-log-path", file("audit.log")),
-        // Without a controller-manager no namespace has a default service account, and no pod would be let in.
-        ("disable-admission-plugins", "ServiceAccount".to_owned()),
         // A test that ends a connection late must not wait for the default minute.
         ("shutdown-watch-termination-grace-period", "0s".to_owned()),
     ] {

@@ -11,11 +11,7 @@ const EVERY: Duration = Duration::from_millis(50);
 
 /// Asks until the answer is `Some`. An error of the probe counts as "not yet"; the last one is told when the deadline is over.
 /// A probe that hangs is given up at the deadline.
-pub async fn wait_for<T, F, Fut>(what: &str, deadline: Duration, mut probe: F) -> Result<T>
-where
-    F: FnMut() -> Fut,
-    Fut: Future<Output = Result<Option<T>>>,
-{
+pub async fn wait_for<T>(what: &str, deadline: Duration, mut probe: impl AsyncFnMut() -> Result<Option<T>>) -> Result<T> {
     let end = Instant::now() + deadline;
     let mut last = None;
     loop {
@@ -35,11 +31,13 @@ where
 
 impl ControlPlane {
     /// [`wait_for`], with the state of the namespace in the error.
-    pub async fn wait<T, F, Fut>(&self, namespace: &str, what: &str, deadline: Duration, probe: F) -> Result<T>
-    where
-        F: FnMut() -> Fut,
-        Fut: Future<Output = Result<Option<T>>>,
-    {
+    pub async fn wait<T>(
+        &self,
+        namespace: &str,
+        what: &str,
+        deadline: Duration,
+        probe: impl AsyncFnMut() -> Result<Option<T>>,
+    ) -> Result<T> {
         match wait_for(what, deadline, probe).await {
             Ok(value) => Ok(value),
             Err(error) => {

@@ -1,39 +1,43 @@
-//! KubeVirt's part, played by us: its kinds as CRDs of our own writing, and a stand-in that takes an admitted
-//! VirtualMachineInstanceMigration through its phases as virt-controller and virt-handler of KubeVirt 1.9 do.
+//! KubeVirt's part, played by us: its kinds as CRDs of our own writing, and a stand-in that behaves towards its users as KubeVirt 1.9 does.
 //!
-//! In: an API server, and a [`Mover`] that really moves the guest. Out: the phases, events, pods and status fields that the
-//! product watches. What differs from KubeVirt, so that nobody builds on it:
+//! In: an API server, and a [`Mover`] that really moves the guest. Out: virt-api's webhooks, the phases, events, pods and status fields of
+//! migrations, evacuations and workload updates. Each file names the source of KubeVirt that it follows. What differs from KubeVirt, so
+//! that nobody builds on it:
 //!
-//! * virt-api's admission is not here. What it would refuse (no such VMI, a VMI that is final or not migratable, a second
-//!   migration in flight) ends as `Failed` here, at once, with the reason in `status.migrationState.failureReason`.
-//! * The stand-in is scheduler and kubelet for target pods: the first node by name that KubeVirt may use, that is not the
-//!   source and that `addedNodeSelector` allows. A pod with scheduling gates waits, as it does in a cluster.
-//! * Queue: first come, first served within the parallel limits; no priorities, no backoff, no evacuation controller.
-//! * Legacy abort rules only (see [`monitor`]); no stall detector, no decentralized migration.
+//! * VMs are not started: a VMI comes into being running, with its pod ([`running_vmi`]).
+//! * Where the control plane has no scheduler and no kubelets, the stand-in plays those for launcher pods, too (`kubelet`).
+//! * Legacy abort rules only (see [`monitor`]); no stall detector, no decentralized migration, no backups, no utility volumes.
 
+mod api;
+mod backoff;
 pub mod configuration;
-mod hands;
+mod core;
+mod evacuation;
+mod eviction;
+mod handler;
+mod kubelet;
+mod limits;
+mod migration;
 pub mod monitor;
 pub mod objects;
-mod way;
+mod queue;
+mod read;
+mod status;
+mod timeouts;
+mod vmi;
+mod workload_update;
 
-use std::{
-    collections::{HashMap, HashSet},
-    sync::Arc,
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
-use futures::TryStreamExt;
-use kube::{
-    Api, Client, ResourceExt,
-    api::DynamicObject,
-    runtime::{WatchStreamExt, watcher},
-};
+use anyhow::Result;
+use kube::api::DynamicObject;
 use migvisor::model::units::{Bandwidth, Bytes};
 use tokio::{
-    sync::{Mutex, watch},
-    task::{JoinHandle, JoinSet},
+    sync::{mpsc, watch},
+    task::JoinSet,
 };
+
+use crate::cluster::ControlPlane;
 
 pub use self::{
     configuration::Configuration,
@@ -41,11 +45,39 @@ pub use self::{
     objects::{Side, install_crds, running_vmi, vmi_manifest, vmim_manifest},
 };
 
+/// Who virt-controller is to the API server.
+pub const CONTROLLER: &str = "system:serviceaccount:kubevirt:kubevirt-controller";
+/// How long virt-handler takes until a target is ready.
+const PREPARING: Duration = Duration::from_millis(200);
+
 /// Moves a guest from one launcher to another: the laboratory does it between two QEMUs.
 pub trait Mover: Send + Sync + 'static {
     /// Moves it, or reports why not. Has to heed [`Job::orders`] and to leave a guest running on one side, whatever happens.
     /// Dropped where the stand-in ends first.
     fn migrate(&self, job: Job) -> impl Future<Output = Outcome> + Send;
+
+    /// The target's side is made ready.
+    fn prepare(&self, _target: &Side) -> impl Future<Output = ()> + Send {
+        tokio::time::sleep(PREPARING)
+    }
+
+    /// The VMI was deleted: its guest ends. A migration of it has been told to end as well.
+    fn end(&self, _namespace: &str, _vmi: &str) -> impl Future<Output = ()> + Send {
+        std::future::ready(())
+    }
+}
+
+/// Moves what is no guest at all: it takes this long, and heeds the orders.
+#[derive(Debug, Clone, Copy)]
+pub struct Paced(pub Duration);
+
+impl Mover for Paced {
+    async fn migrate(&self, mut job: Job) -> Outcome {
+        tokio::select! {
+            () = tokio::time::sleep(self.0) => Outcome::success(),
+            () = job.aborted() => Outcome::aborted(),
+        }
+    }
 }
 
 /// What is to be moved, and under which rules.
@@ -85,6 +117,14 @@ impl Job {
             None => std::future::pending().await,
         }
     }
+
+    /// Comes back once it is to be ended.
+    pub async fn aborted(&mut self) {
+        let mut order = Order::GoOn;
+        while order != Order::Abort {
+            order = self.next_order(order).await;
+        }
+    }
 }
 
 /// How it went.
@@ -116,60 +156,43 @@ impl Outcome {
 /// The running stand-in; it ends, with every migration it drives, on drop.
 #[derive(Debug)]
 pub struct KubeVirt {
-    task: JoinHandle<()>,
+    _tasks: JoinSet<()>,
 }
 
 impl KubeVirt {
     /// Plays KubeVirt for the whole cluster. Call it inside the runtime that is to carry it.
-    pub fn start<M: Mover>(client: Client, mover: M) -> Self {
-        let vmims = Api::all_with(client.clone(), &objects::vmim_resource());
-        Self::watch(client, vmims, mover)
+    pub async fn start<M: Mover>(plane: &ControlPlane, mover: M) -> Result<Self> {
+        Self::play(plane, None, mover).await
     }
 
     /// Plays KubeVirt for one namespace only, so that tests can share a control plane. The limits are then this namespace's.
-    pub fn start_in<M: Mover>(client: Client, namespace: &str, mover: M) -> Self {
-        let vmims = objects::vmims(&client, namespace);
-        Self::watch(client, vmims, mover)
+    pub async fn start_in<M: Mover>(plane: &ControlPlane, namespace: &str, mover: M) -> Result<Self> {
+        Self::play(plane, Some(namespace), mover).await
     }
 
-    fn watch<M: Mover>(client: Client, vmims: Api<DynamicObject>, mover: M) -> Self {
-        let shared = Arc::new(Shared { client, mover, slots: Mutex::default() });
-        Self { task: tokio::spawn(play(shared, vmims)) }
-    }
-}
-
-impl Drop for KubeVirt {
-    fn drop(&mut self) {
-        self.task.abort();
-    }
-}
-
-/// What all migrations share.
-struct Shared<M> {
-    client: Client,
-    mover: M,
-    /// The migrations that count against the limits: UID of the VMIM and the node that it leaves.
-    slots: Mutex<HashMap<String, String>>,
-}
-
-/// Gives every VMIM a task of its own when it is first seen. Dropping this future ends them all.
-async fn play<M: Mover>(shared: Arc<Shared<M>>, vmims: Api<DynamicObject>) {
-    let mut tasks = JoinSet::new();
-    let mut seen = HashSet::new();
-    let mut events = std::pin::pin!(watcher(vmims, watcher::Config::default()).default_backoff().applied_objects());
-    loop {
-        match events.try_next().await {
-            Ok(Some(vmim)) => {
-                let uid = vmim.uid().unwrap_or_default();
-                if seen.insert(uid) {
-                    tasks.spawn(way::Way::new(Arc::clone(&shared), &vmim).walk());
-                }
-            }
-            Ok(None) => return,
-            // The watcher comes back by itself, after a while.
-            Err(error) => tracing::warn!("the watch of migrations was interrupted: {error}"),
+    async fn play<M: Mover>(plane: &ControlPlane, namespace: Option<&str>, mover: M) -> Result<Self> {
+        let mut tasks = JoinSet::new();
+        let client = plane.client_as(CONTROLLER)?;
+        let mut listeners = Vec::new();
+        let mut listen = || {
+            let (tell, changes) = mpsc::unbounded_channel();
+            listeners.push(tell);
+            changes
+        };
+        let (of_migrations, of_handlers, of_vmis) = (listen(), listen(), listen());
+        let (of_evacuation, of_updates) = (listen(), listen());
+        let of_kubelet = (!plane.is_whole()).then(listen);
+        let core = core::Core::start(&client, namespace, listeners, &mut tasks).await?;
+        let mover = Arc::new(mover);
+        tasks.spawn(migration::Migrations::new(Arc::clone(&core)).run(of_migrations));
+        tasks.spawn(handler::Handlers::new(Arc::clone(&core), Arc::clone(&mover)).run(of_handlers));
+        tasks.spawn(vmi::run(Arc::clone(&core), mover, of_vmis));
+        tasks.spawn(evacuation::Evacuation::new(Arc::clone(&core)).run(of_evacuation));
+        tasks.spawn(workload_update::run(Arc::clone(&core), of_updates));
+        if let Some(changes) = of_kubelet {
+            tasks.spawn(kubelet::run(core, changes));
         }
-        // What has ended is forgotten.
-        while tasks.try_join_next().is_some() {}
+        api::serve(plane, namespace, &mut tasks).await?;
+        Ok(Self { _tasks: tasks })
     }
 }

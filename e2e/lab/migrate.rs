@@ -28,6 +28,19 @@ pub struct Settings {
     pub time_budget: Duration,
     /// The rate of the line, where it is not this machine's memory.
     pub link: Option<BytesPerSecond>,
+    /// QEMU slows the guest down where it would not converge.
+    pub auto_converge: bool,
+    /// It may be finished on the target's side ([`Nudge::PostCopy`]).
+    pub post_copy: bool,
+}
+
+/// What is done to a migration on its way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Nudge {
+    /// The guest is stopped until it has arrived.
+    Suspend,
+    /// The guest goes over at once and fetches what is missing.
+    PostCopy,
 }
 
 impl Settings {
@@ -43,6 +56,8 @@ impl Settings {
             downtime_limit: Duration::from_millis(300),
             time_budget: Duration::from_secs(60),
             link: None,
+            auto_converge: false,
+            post_copy: false,
         }
     }
 
@@ -98,6 +113,19 @@ pub struct Truth {
 /// Migrates. Afterwards a completed migration's source is ended and its guest runs in `target`, ready to be migrated on; else
 /// the guest runs on in `source`, and `target` is of no more use.
 pub async fn migrate(source: &mut Vm, target: &mut Vm, settings: Settings) -> Result<Truth> {
+    migrate_under(source, target, settings, || None).await
+}
+
+/// [`migrate`], asked twice a second for what is to be done to it.
+pub async fn migrate_under(
+    source: &mut Vm,
+    target: &mut Vm,
+    settings: Settings,
+    nudge: impl FnMut() -> Option<Nudge>,
+) -> Result<Truth> {
+    if settings.post_copy {
+        migration::set_capabilities(target.lab(), &[("postcopy-ram", true)]).await?;
+    }
     let mut socket = target.listen().await.context("the target does not listen")?;
     let link = match settings.link {
         None => None,
@@ -108,10 +136,16 @@ pub async fn migrate(source: &mut Vm, target: &mut Vm, settings: Settings) -> Re
     }
     let limits = Limits::new(settings.bandwidth, settings.downtime_limit);
     migration::set_limits(source.lab(), &limits).await?;
-    migration::set_capabilities(source.lab(), &[("events", true)]).await?;
+    let switches = [("events", true), ("auto-converge", settings.auto_converge), ("postcopy-ram", settings.post_copy)];
+    migration::set_capabilities(source.lab(), &switches).await?;
     while source.lab().next_event(Instant::now()).await?.is_some() {}
     migration::start(source.lab(), &format!("unix:{}", socket.display())).await?;
-    let truth = watch(source, settings.time_budget).await?;
+    let (truth, suspended) = watch(source, settings.time_budget, nudge).await?;
+    if suspended && truth.status == Outcome::Completed {
+        target.resume().await?;
+    } else if suspended {
+        source.resume().await?;
+    }
     if truth.status == Outcome::Completed {
         wait_running(target).await?;
         // As under libvirt, which ends a source only once both sides have confirmed.
@@ -121,9 +155,11 @@ pub async fn migrate(source: &mut Vm, target: &mut Vm, settings: Settings) -> Re
     Ok(truth)
 }
 
-/// Waits for the end by QEMU's events (asking all the time would disturb it), and looks now and then all the same.
-async fn watch(source: &mut Vm, budget: Duration) -> Result<Truth> {
+/// Waits for the end by QEMU's events (asking all the time would disturb it), and looks now and then all the same. Beside the truth:
+/// was the guest suspended on its way?
+async fn watch(source: &mut Vm, budget: Duration, mut nudge: impl FnMut() -> Option<Nudge>) -> Result<(Truth, bool)> {
     let end = Instant::now() + budget;
+    let mut suspended = false;
     loop {
         let look = end.min(Instant::now() + Duration::from_millis(500));
         while let Some(event) = source.lab().next_event(look).await? {
@@ -134,10 +170,20 @@ async fn watch(source: &mut Vm, budget: Duration) -> Result<Truth> {
         }
         let info = migration::query(source.lab()).await?;
         match info.status {
-            Some(MigrationStatus::Completed) => return Ok(truth(&info, Outcome::Completed)),
-            Some(MigrationStatus::Failed | MigrationStatus::Cancelled) => return Ok(truth(&info, Outcome::Failed)),
-            _ if Instant::now() >= end => return cancel(source, &info).await,
+            Some(MigrationStatus::Completed) => return Ok((truth(&info, Outcome::Completed), suspended)),
+            Some(MigrationStatus::Failed | MigrationStatus::Cancelled) => return Ok((truth(&info, Outcome::Failed), suspended)),
+            _ if Instant::now() >= end => return Ok((cancel(source, &info).await?, suspended)),
             _ => {}
+        }
+        match nudge() {
+            Some(Nudge::Suspend) => {
+                source.pause().await?;
+                suspended = true;
+            }
+            Some(Nudge::PostCopy) => {
+                source.lab().execute::<serde_json::Value>("migrate-start-postcopy", serde_json::json!({})).await?;
+            }
+            None => {}
         }
     }
 }

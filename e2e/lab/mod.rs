@@ -32,7 +32,7 @@ pub mod vm;
 pub use guest::{GuestSpec, Writes};
 pub use libvirt::{DomainSpec, Launcher};
 pub use libvirt_migration::migrate_domain;
-pub use migrate::{Outcome, Settings, Truth, migrate};
+pub use migrate::{Nudge, Outcome, Settings, Truth, migrate, migrate_under};
 pub use pulse::Pulse;
 pub use under::Under;
 pub use vm::{Vm, VmSpec};

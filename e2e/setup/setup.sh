@@ -15,6 +15,7 @@ cache=${XDG_CACHE_HOME:-${HOME:?HOME is not set}/.cache}/migvisor
 kubernetes=$(sed -nE 's/^[[:space:]]*k8s\.io\/kubernetes (v[0-9.]+).*/\1/p' "$pins/kubernetes/go.mod")
 key=$(cat "$pins"/*/go.mod "$pins"/*/go.sum | sha256sum | cut -c1-16)-$(uname -m)
 tools=$cache/tools/$key
+commands=(kube-apiserver kube-controller-manager kube-scheduler kubectl)
 
 say() { echo "setup: $*" >&2; }
 
@@ -149,16 +150,18 @@ if [ ! -x "$tools/kube-apiserver" ]; then
   building=$(mktemp -d "$cache/tools/building.XXXXXX")
   trap 'rm -rf "$building"' EXIT
   export CGO_ENABLED=0 GOTOOLCHAIN=local GOFLAGS=-mod=readonly
-  say "building etcd with $("$go" version)"
+  say "building etcd and kwok with $("$go" version)"
   "$go" build -C "$pins/etcd" -trimpath -ldflags '-s -w' -o "$building/etcd" go.etcd.io/etcd/server/v3 >&2 9>&-
-  say "building kube-apiserver and kubectl $kubernetes: about 8 minutes on two cores, once"
+  "$go" build -C "$pins/kwok" -trimpath -ldflags '-s -w' -o "$building/kwok" sigs.k8s.io/kwok/cmd/kwok >&2 9>&-
+  say "building ${commands[*]} $kubernetes: about 9 minutes on two cores, once"
+  # All in one: what they share is compiled once.
   "$go" build -C "$pins/kubernetes" -trimpath -ldflags "-s -w -X k8s.io/component-base/version.gitVersion=$kubernetes" \
-    -o "$building/" k8s.io/kubernetes/cmd/kube-apiserver k8s.io/kubernetes/cmd/kubectl >&2 9>&-
+    -o "$building/" "${commands[@]/#/k8s.io/kubernetes/cmd/}" >&2 9>&-
   rm -rf "$tools"
   chmod 755 "$building"
   mv "$building" "$tools"
 fi
 
 "${BASH_SOURCE[0]}" --kvm || say "NOTE: guests will run under TCG, slowly, and their figures will not be comparable"
-say "ready: $(qemu-system-x86_64 --version | sed -n 1p); etcd, kube-apiserver and kubectl $kubernetes"
+say "ready: $(qemu-system-x86_64 --version | sed -n 1p); etcd, kwok, ${commands[*]} $kubernetes"
 echo "$tools"

@@ -1,106 +1,25 @@
-//! The control plane and KubeVirt's stand-in, under test themselves.
+//! The control plane, under test itself.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::{
     path::{Path, PathBuf},
-    sync::Arc,
     time::Duration,
 };
 
-use kube::{
-    Api, Client, ResourceExt,
-    api::{DeleteParams, Patch, PatchParams, PostParams},
-};
-use migvisor::model::units::{Bandwidth, BytesPerSecond};
+use k8s_openapi::api::core::v1::{ConfigMap, Pod};
+use kube::{Api, ResourceExt, api::DeleteParams};
 use migvisor_e2e::{
     cluster::{ControlPlane, Process, free_port, wait_for},
     kubevirt::{
-        Job, KubeVirt, Mover, Order, Outcome,
-        objects::{self, Side, create_node, install_crds, running_vmi, vmim_manifest},
+        install_crds,
+        objects::{self, create_node, vmim_manifest},
     },
     process,
 };
 use serde_json::{Value, json};
-use tokio::sync::mpsc;
 
 const LONG: Duration = Duration::from_secs(20);
-
-/// Takes this long, moves nothing, and hands every job's rules to the test.
-struct Pretend {
-    takes: Duration,
-    jobs: mpsc::UnboundedSender<(String, Side, Side, Bandwidth, Option<Duration>)>,
-}
-
-impl Mover for Pretend {
-    async fn migrate(&self, mut job: Job) -> Outcome {
-        let said = (job.vmi.clone(), job.source.clone(), job.target.clone(), job.bandwidth, job.time_budget);
-        self.jobs.send(said).ok();
-        tokio::select! {
-            () = tokio::time::sleep(self.takes) => Outcome::success(),
-            order = job.next_order(Order::GoOn) => {
-                assert_eq!(order, Order::Abort);
-                Outcome::aborted()
-            }
-        }
-    }
-}
-
-/// A shared control plane with KubeVirt's kinds, a namespace and a stand-in of its own.
-struct Scene {
-    plane: Arc<ControlPlane>,
-    client: Client,
-    namespace: String,
-    jobs: mpsc::UnboundedReceiver<(String, Side, Side, Bandwidth, Option<Duration>)>,
-    _kubevirt: KubeVirt,
-}
-
-impl Scene {
-    async fn open(name: &str, takes: Duration) -> Self {
-        let plane = ControlPlane::shared().await.unwrap();
-        let client = plane.client().unwrap();
-        install_crds(&client).await.unwrap();
-        for node in ["node-a", "node-b"] {
-            create_node(&client, node).await.unwrap();
-        }
-        let namespace = plane.namespace(name).await.unwrap();
-        let (sender, jobs) = mpsc::unbounded_channel();
-        let kubevirt = KubeVirt::start_in(client.clone(), &namespace, Pretend { takes, jobs: sender });
-        Self { plane, client, namespace, jobs, _kubevirt: kubevirt }
-    }
-
-    async fn vmi(&self, name: &str) -> Side {
-        running_vmi(&self.client, &self.namespace, name, "node-a", "1Gi").await.unwrap()
-    }
-
-    async fn migrate(&self, name: &str, vmi: &str) {
-        let manifest = vmim_manifest(&self.namespace, name, vmi).to_string();
-        self.plane.accepts(&manifest).await.unwrap();
-    }
-
-    async fn get_vmim(&self, name: &str) -> Option<Value> {
-        let found = objects::vmims(&self.client, &self.namespace).get_opt(name).await.unwrap();
-        found.map(|vmim| serde_json::to_value(vmim).unwrap())
-    }
-
-    async fn get_vmi(&self, name: &str) -> Value {
-        serde_json::to_value(objects::vmis(&self.client, &self.namespace).get(name).await.unwrap()).unwrap()
-    }
-
-    /// Waits until the VMIM is in this phase.
-    async fn reaches(&self, name: &str, phase: &str) -> Value {
-        let what = format!("the migration {name} to be {phase}");
-        let probe = async || Ok(self.get_vmim(name).await.filter(|vmim| vmim["status"]["phase"] == phase));
-        self.plane.wait(&self.namespace, &what, LONG, probe).await.unwrap()
-    }
-
-    async fn target_pod(&self, migration: &Value) -> Option<k8s_openapi::api::core::v1::Pod> {
-        let pods: Api<k8s_openapi::api::core::v1::Pod> = Api::namespaced(self.client.clone(), &self.namespace);
-        let uid = migration["metadata"]["uid"].as_str().unwrap();
-        let label = format!("kubevirt.io/migrationJobUID={uid}");
-        pods.list(&kube::api::ListParams::default().labels(&label)).await.unwrap().items.into_iter().next()
-    }
-}
 
 #[tokio::test]
 async fn a_control_plane_starts_serves_and_ends() {
@@ -128,6 +47,42 @@ async fn a_control_plane_starts_serves_and_ends() {
         command.windows(named.len()).any(|window| window == named)
     });
     assert!(left.is_none(), "left running: {left:?}");
+}
+
+#[tokio::test]
+async fn a_whole_cluster_schedules_runs_and_collects() {
+    let start = std::time::Instant::now();
+    let plane = ControlPlane::start_whole().await.unwrap();
+    let client = plane.client().unwrap();
+    create_node(&client, "node-a").await.unwrap();
+    plane.nodes_are_ready(&["node-a"]).await.unwrap();
+    println!("a whole cluster with a node is ready after {:.1} s", start.elapsed().as_secs_f64());
+
+    let namespace = plane.namespace("whole").await.unwrap();
+    let (maps, pods): (Api<ConfigMap>, Api<Pod>) =
+        (Api::namespaced(client.clone(), &namespace), Api::namespaced(client.clone(), &namespace));
+    plane.kubectl(&["create", "configmap", "owner", "-n", &namespace], "").await.unwrap().ok().unwrap();
+    let owner = maps.get("owner").await.unwrap().uid().unwrap();
+    let pod = json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": { "namespace": namespace, "name": "owned", "ownerReferences":
+            [{ "apiVersion": "v1", "kind": "ConfigMap", "name": "owner", "uid": owner }] },
+        "spec": { "containers": [{ "name": "c", "image": "i", "resources": { "limits": { "devices.kubevirt.io/kvm": "1" } } }] },
+    });
+    plane.accepts(&pod.to_string()).await.unwrap();
+    let runs = async || Ok(pods.get("owned").await?.status.filter(|it| it.phase.as_deref() == Some("Running")).map(drop));
+    plane.wait(&namespace, "the pod to run", LONG, runs).await.unwrap();
+    let spec = pods.get("owned").await.unwrap().spec.unwrap();
+    assert_eq!((spec.node_name.as_deref(), spec.service_account_name.as_deref()), (Some("node-a"), Some("default")));
+
+    maps.delete("owner", &DeleteParams::default()).await.unwrap();
+    let gone = async || Ok(pods.get_opt("owned").await?.is_none().then_some(()));
+    plane.wait(&namespace, "the owned pod to be collected", LONG, gone).await.unwrap();
+
+    // It all goes on when the API server comes back, and a namespace goes with what is in it.
+    plane.restart_api_server().await.unwrap();
+    plane.kubectl(&["create", "configmap", "more", "-n", &namespace], "").await.unwrap().ok().unwrap();
+    plane.kubectl(&["delete", "namespace", &namespace, "--timeout=30s"], "").await.unwrap().ok().unwrap();
 }
 
 #[test]
@@ -223,253 +178,4 @@ async fn the_api_server_calls_the_webhooks() {
     let said = plane.rejects(&vmim("doomed", "v1"), "it would never end").await.unwrap();
     assert!(said.contains("admission webhook \"validate-vmim.migvisor.io\" denied the request"), "{said}");
     server.abort();
-}
-
-#[tokio::test]
-async fn the_kinds_are_kubevirts() {
-    let scene = Scene::open("kinds", Duration::ZERO).await;
-    let (plane, namespace) = (&scene.plane, &scene.namespace);
-    scene.vmi("vm1").await;
-
-    // No status subresource on VMIs; one on VMIMs.
-    let resources = plane.kubectl(&["get", "--raw", "/apis/kubevirt.io/v1"], "").await.unwrap().ok().unwrap();
-    assert!(
-        resources.contains("virtualmachineinstancemigrations/status") && !resources.contains("virtualmachineinstances/status")
-    );
-    let columns = plane.kubectl(&["get", "vmi,vmims", "-n", namespace, "-o", "wide"], "").await.unwrap().ok().unwrap();
-    assert!(columns.contains("LIVE-MIGRATABLE") && columns.contains("node-a"), "{columns}");
-
-    // Unknown fields stay, at every level; the spec does not change, known or unknown field.
-    let manifest = format!(
-        "apiVersion: kubevirt.io/v1alpha3\nkind: VirtualMachineInstanceMigration\nextra: 1\n\
-         metadata: {{name: m1, namespace: {namespace}}}\nspec: {{vmiName: nothing, extra: {{deep: [2]}}}}\n"
-    );
-    plane.accepts(&manifest).await.unwrap();
-    let stored = scene.get_vmim("m1").await.unwrap();
-    assert_eq!((&stored["extra"], &stored["spec"]["extra"]["deep"][0]), (&json!(1), &json!(2)));
-    for patch in [r#"{"spec":{"vmiName":"vm1"}}"#, r#"{"spec":{"extra":{"deep":[3]}}}"#] {
-        let patched = plane.kubectl(&["patch", "vmim", "m1", "-n", namespace, "--type=merge", "-p", patch], "").await.unwrap();
-        assert!(patched.stderr.contains("spec is restricted"), "{patch}: {}{}", patched.stdout, patched.stderr);
-    }
-    let annotate = plane.kubectl(&["annotate", "vmim", "m1", "-n", namespace, "a=b"], "").await.unwrap();
-    assert!(annotate.success, "annotations are free: {}", annotate.stderr);
-    plane.rejects(&manifest.replace("vmiName: nothing", "priority: urgent"), "Unsupported value: \"urgent\"").await.unwrap();
-
-    // What virt-api would have refused.
-    let refused = scene.reaches("m1", "Failed").await;
-    assert_eq!(refused["status"]["migrationState"]["failureReason"], "VirtualMachineInstance nothing not found");
-}
-
-#[tokio::test]
-async fn a_migration_walks_through_all_its_phases() {
-    let mut scene = Scene::open("walk", Duration::from_secs(1)).await;
-    let source = scene.vmi("vm1").await;
-    scene.migrate("m1", "vm1").await;
-    scene.reaches("m1", "Running").await;
-    scene.migrate("m2", "vm1").await;
-    let done = scene.reaches("m1", "Succeeded").await;
-
-    let phases: Vec<_> = done["status"]["phaseTransitionTimestamps"]
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|entry| entry["phase"].as_str().unwrap())
-        .collect();
-    assert_eq!(phases, ["Pending", "Scheduling", "Scheduled", "PreparingTarget", "TargetReady", "Running", "Succeeded"]);
-    assert_eq!(done["metadata"]["labels"]["kubevirt.io/vmi-name"], "vm1");
-    let (vmi, from, to, bandwidth, budget) = scene.jobs.recv().await.unwrap();
-    assert_eq!((vmi.as_str(), &from, to.node.as_str()), ("vm1", &source, "node-b"));
-    assert_eq!((bandwidth, budget), (Bandwidth::Unlimited, Some(Duration::from_secs(300))));
-
-    let vmi = scene.get_vmi("vm1").await;
-    assert_eq!(vmi["status"]["nodeName"], "node-b");
-    assert_eq!(vmi["metadata"]["labels"]["kubevirt.io/nodeName"], "node-b");
-    assert_eq!(vmi["status"]["activePods"], json!({ to.pod_uid.as_str(): "node-b" }));
-    let state = &vmi["status"]["migrationState"];
-    assert_eq!(state, &done["status"]["migrationState"], "the VMIM keeps a copy");
-    assert_eq!((&state["completed"], &state["migrationUid"]), (&json!(true), &done["metadata"]["uid"]));
-    assert!(state["startTimestamp"].is_string() && state["endTimestamp"].is_string() && state["failed"].is_null());
-
-    let second = scene.reaches("m2", "Failed").await;
-    let reason = second["status"]["migrationState"]["failureReason"].as_str().unwrap();
-    assert!(reason.contains("(m1) is already in progress"), "{reason}");
-    // Final ones can be deleted at once.
-    let vmims = objects::vmims(&scene.client, &scene.namespace);
-    vmims.delete("m1", &DeleteParams::default()).await.unwrap();
-    scene
-        .plane
-        .wait(&scene.namespace, "m1 to vanish", LONG, async || Ok(scene.get_vmim("m1").await.is_none().then_some(())))
-        .await
-        .unwrap();
-}
-
-/// Puts a gate on every target pod of one namespace, as a webhook would: by the API server itself.
-async fn gate(plane: &ControlPlane, namespace: &str) {
-    let name = format!("gate-{namespace}");
-    let manifest = json!({
-        "apiVersion": "v1",
-        "kind": "List",
-        "items": [{
-            "apiVersion": "admissionregistration.k8s.io/v1",
-            "kind": "MutatingAdmissionPolicy",
-            "metadata": { "name": name },
-            "spec": {
-                "matchConstraints": {
-                    "namespaceSelector": { "matchLabels": { "kubernetes.io/metadata.name": namespace } },
-                    "objectSelector": { "matchExpressions": [{ "key": "kubevirt.io/migrationJobUID", "operator": "Exists" }] },
-                    "resourceRules": [{ "apiGroups": [""], "apiVersions": ["v1"], "resources": ["pods"], "operations": ["CREATE"] }],
-                },
-                "failurePolicy": "Fail",
-                "reinvocationPolicy": "Never",
-                "mutations": [{ "patchType": "ApplyConfiguration", "applyConfiguration": { "expression":
-                    "Object{spec: Object.spec{schedulingGates: [Object.spec.schedulingGates{name: 'migvisor.io/dry-run'}]}}" } }],
-            },
-        }, {
-            "apiVersion": "admissionregistration.k8s.io/v1",
-            "kind": "MutatingAdmissionPolicyBinding",
-            "metadata": { "name": name },
-            "spec": { "policyName": name },
-        }],
-    });
-    plane.accepts(&manifest.to_string()).await.unwrap();
-}
-
-/// A MigrationPolicy for one namespace and, within it, VMIs with these labels.
-async fn policy(plane: &ControlPlane, name: &str, namespace: &str, labels: Value, fields: Value) {
-    let mut manifest = json!({
-        "apiVersion": "migrations.kubevirt.io/v1alpha1",
-        "kind": "MigrationPolicy",
-        "metadata": { "name": name },
-        "spec": fields,
-    });
-    manifest["spec"]["selectors"] = json!({
-        "namespaceSelector": { "kubernetes.io/metadata.name": namespace },
-        "virtualMachineInstanceSelector": labels,
-    });
-    plane.accepts(&manifest.to_string()).await.unwrap();
-}
-
-#[tokio::test]
-async fn a_gated_target_pod_holds_it_and_a_policy_posted_meanwhile_wins() {
-    let mut scene = Scene::open("held", Duration::from_millis(100)).await;
-    gate(&scene.plane, &scene.namespace).await;
-    // The API server's own admission picks a new policy up after a moment.
-    let pods: Api<k8s_openapi::api::core::v1::Pod> = Api::namespaced(scene.client.clone(), &scene.namespace);
-    let trial = json!({ "metadata": { "name": "trial", "labels": { "kubevirt.io/migrationJobUID": "none" } },
-        "spec": { "containers": [{ "name": "c", "image": "i" }] } });
-    let trial: k8s_openapi::api::core::v1::Pod = serde_json::from_value(trial).unwrap();
-    let dry = PostParams { dry_run: true, ..PostParams::default() };
-    let probe = async || Ok(pods.create(&dry, &trial).await?.spec.unwrap().scheduling_gates.map(drop));
-    scene.plane.wait(&scene.namespace, "the gate to be in force", LONG, probe).await.unwrap();
-
-    scene.vmi("vm1").await;
-    scene.migrate("m1", "vm1").await;
-    let held = scene.reaches("m1", "Scheduling").await;
-    tokio::time::sleep(Duration::from_secs(1)).await;
-    assert_eq!(scene.get_vmim("m1").await.unwrap()["status"]["phase"], "Scheduling", "it does not go on by itself");
-    let pod = scene.target_pod(&held).await.unwrap();
-    assert_eq!(pod.spec.as_ref().unwrap().node_name, None);
-    let conditions = pod.status.as_ref().unwrap().conditions.clone().unwrap();
-    assert_eq!(conditions[0].reason.as_deref(), Some("SchedulingGated"));
-
-    // Held: a policy for this VMI alone, more specific than a person's.
-    let namespace = &scene.namespace;
-    let (person, ours) = (format!("person-{namespace}"), format!("ours-{namespace}"));
-    let fields = |bandwidth| json!({ "bandwidthPerMigration": bandwidth, "completionTimeoutPerGiB": 7 });
-    policy(&scene.plane, &person, namespace, json!({}), fields("64Mi")).await;
-    policy(&scene.plane, &ours, namespace, json!({ "migvisor.io/forced": "m1" }), fields("32Mi")).await;
-    let label = Patch::Merge(json!({ "metadata": { "labels": { "migvisor.io/forced": "m1" } } }));
-    objects::vmis(&scene.client, namespace).patch("vm1", &PatchParams::default(), &label).await.unwrap();
-    let release = Patch::Merge(json!({ "spec": { "schedulingGates": null } }));
-    pods.patch(&pod.name_any(), &PatchParams::default(), &release).await.unwrap();
-
-    let done = scene.reaches("m1", "Succeeded").await;
-    let state = &done["status"]["migrationState"];
-    assert_eq!(state["migrationPolicyName"], ours);
-    assert_eq!(state["migrationConfiguration"]["bandwidthPerMigration"], "32Mi");
-    let (_, _, _, bandwidth, budget) = scene.jobs.recv().await.unwrap();
-    assert_eq!((bandwidth, budget), (Bandwidth::Capped(BytesPerSecond(32 << 20)), Some(Duration::from_secs(14))));
-}
-
-#[tokio::test]
-async fn deleting_it_while_scheduling_cancels_it() {
-    let mut scene = Scene::open("cancel", Duration::from_millis(100)).await;
-    scene.vmi("vm1").await;
-    // No node has this label: the target pod stays unscheduled.
-    let mut manifest = vmim_manifest(&scene.namespace, "m1", "vm1");
-    manifest["spec"]["addedNodeSelector"] = json!({ "nobody": "has this" });
-    scene.plane.accepts(&manifest.to_string()).await.unwrap();
-    let held = scene.reaches("m1", "Scheduling").await;
-    assert!(scene.target_pod(&held).await.is_some());
-    objects::vmims(&scene.client, &scene.namespace).delete("m1", &DeleteParams::default()).await.unwrap();
-    scene
-        .plane
-        .wait(&scene.namespace, "m1 to vanish", LONG, async || Ok(scene.get_vmim("m1").await.is_none().then_some(())))
-        .await
-        .unwrap();
-    assert!(scene.target_pod(&held).await.is_none(), "its pod goes with it");
-    assert_eq!(scene.get_vmi("vm1").await["status"]["nodeName"], "node-a");
-    assert!(scene.jobs.try_recv().is_err(), "nobody was asked to move anything");
-
-    // The VMI can be moved afterwards; of what has ended, KubeVirt keeps five.
-    for round in 2..8 {
-        scene.migrate(&format!("m{round}"), "vm1").await;
-        scene.reaches(&format!("m{round}"), "Succeeded").await;
-    }
-    scene
-        .plane
-        .wait(&scene.namespace, "m2 to vanish", LONG, async || Ok(scene.get_vmim("m2").await.is_none().then_some(())))
-        .await
-        .unwrap();
-    assert!(scene.get_vmim("m3").await.is_some());
-}
-
-#[tokio::test]
-async fn deleting_it_while_running_and_the_budget_both_abort() {
-    let mut scene = Scene::open("abort", Duration::from_secs(600)).await;
-    scene.vmi("vm1").await;
-    scene.migrate("m1", "vm1").await;
-    scene.reaches("m1", "Running").await;
-    scene.jobs.recv().await.unwrap();
-    objects::vmims(&scene.client, &scene.namespace).delete("m1", &DeleteParams::default()).await.unwrap();
-    scene
-        .plane
-        .wait(&scene.namespace, "m1 to vanish", LONG, async || Ok(scene.get_vmim("m1").await.is_none().then_some(())))
-        .await
-        .unwrap();
-    let state = scene.get_vmi("vm1").await["status"]["migrationState"].clone();
-    assert_eq!(
-        (&state["failed"], &state["abortRequested"], &state["abortStatus"]),
-        (&json!(true), &json!(true), &json!("Succeeded"))
-    );
-
-    // 1 s per decimal gigabyte of a guest of 1 GiB: KubeVirt gives up after 2 s, seen once 3 whole ones have passed.
-    let name = format!("short-{}", scene.namespace);
-    policy(&scene.plane, &name, &scene.namespace, json!({}), json!({ "completionTimeoutPerGiB": 1 })).await;
-    scene.migrate("m2", "vm1").await;
-    let failed = scene.reaches("m2", "Failed").await;
-    let state = &failed["status"]["migrationState"];
-    assert_eq!(state["failureReason"], "Live migration has been aborted");
-    assert!(state["abortRequested"].is_null(), "nobody asked for it");
-    let vmi = scene.get_vmi("vm1").await;
-    assert_eq!((&vmi["status"]["nodeName"], vmi["status"]["activePods"].as_object().unwrap().len()), (&json!("node-a"), 1));
-}
-
-#[tokio::test]
-async fn at_most_two_leave_a_node_at_a_time() {
-    let mut scene = Scene::open("queue", Duration::from_secs(1)).await;
-    for vm in ["vm1", "vm2", "vm3"] {
-        scene.vmi(vm).await;
-        scene.migrate(vm, vm).await;
-    }
-    let mut moving = Vec::new();
-    for _ in 0..2 {
-        moving.push(scene.jobs.recv().await.unwrap().0);
-    }
-    let waiting = ["vm1", "vm2", "vm3"].into_iter().find(|vm| !moving.contains(&(*vm).to_owned())).unwrap();
-    assert_eq!(
-        scene.reaches(waiting, "Pending").await["status"]["migrationState"]["sourcePod"],
-        format!("virt-launcher-{waiting}")
-    );
-    scene.reaches(waiting, "Succeeded").await;
 }

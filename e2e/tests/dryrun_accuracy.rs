@@ -27,7 +27,7 @@ const REPEATS_LONG: usize = 3;
 const LONG_MS: f64 = 3000.0;
 
 fn plan(settings: &Settings) -> Plan {
-    let &Settings { bandwidth, downtime_limit, time_budget, link } = settings;
+    let &Settings { bandwidth, downtime_limit, time_budget, link, .. } = settings;
     Plan { link, downtime_limits: vec![downtime_limit], time_budget: Some(time_budget), ..Plan::new(bandwidth) }
 }
 

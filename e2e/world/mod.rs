@@ -3,6 +3,8 @@
 //! In: which guests. Out: a [`World`] in which a VirtualMachineInstanceMigration that is admitted really moves its guest from
 //! one QEMU to another. The demonstration and the product's own tests live in it. It ends with its value.
 
+mod mover;
+
 use std::{collections::HashMap, os::unix::fs::PermissionsExt, path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result, anyhow};
@@ -13,11 +15,11 @@ use rustls::pki_types::{CertificateDer, pem::PemObject};
 use serde_json::{Value, json};
 
 use crate::{
-    cluster::{ControlPlane, Process, WebhookCertificate, free_port},
+    cluster::{ControlPlane, Process, WebhookCertificate, account, free_port},
     kubevirt::{self, KubeVirt, objects, running_vmi},
     lab::{DomainSpec, GuestSpec, Launcher, Truth, Vm, VmSpec, cgroup::Driver, libvirt::Mode},
-    mover::{Guests, LabMover, domain, socket},
 };
+use mover::{Guest, Guests, LabMover, domain, socket};
 
 /// The node that every guest starts on.
 pub const NODE: &str = "node-a";
@@ -42,25 +44,30 @@ pub struct World {
 
 impl World {
     /// A control plane with everybody's kinds, two nodes, and KubeVirt's part with this configuration
-    /// (`spec.configuration.migrations`). Nothing of the product runs yet.
+    /// (`spec.configuration.migrations`). Nothing of the product runs yet; what will acts as the administrator.
     pub async fn start(migrations: Value) -> Result<Self> {
-        let plane = ControlPlane::start().await?;
+        Self::around(ControlPlane::start().await?, migrations).await
+    }
+
+    /// As [`World::start`], as a whole cluster: target pods are scheduled by kube-scheduler, KWOK runs them, and the product's parts act with
+    /// their own service accounts and the rights of `config/base`.
+    pub async fn start_whole(migrations: Value) -> Result<Self> {
+        Self::around(ControlPlane::start_whole().await?, migrations).await
+    }
+
+    async fn around(plane: ControlPlane, migrations: Value) -> Result<Self> {
         let client = plane.client()?;
         kubevirt::install_crds(&client).await?;
-        let ours: Vec<_> = migvisor::cli::crd::documents()?.into_iter().map(|(_, yaml)| yaml).collect();
-        objects::install(&client, &ours.iter().map(String::as_str).collect::<Vec<_>>()).await?;
+        if plane.is_whole() {
+            plane.install_base().await?;
+        } else {
+            let ours: Vec<_> = migvisor::cli::crd::documents()?.into_iter().map(|(_, yaml)| yaml).collect();
+            objects::install(&client, &ours.iter().map(String::as_str).collect::<Vec<_>>()).await?;
+        }
         for node in [NODE, OTHER_NODE] {
             objects::create_node(&client, node).await?;
         }
-        let namespace = json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": "kubevirt" } });
-        plane.accepts(&namespace.to_string()).await?;
-        let configuration = json!({
-            "apiVersion": "kubevirt.io/v1",
-            "kind": "KubeVirt",
-            "metadata": { "namespace": "kubevirt", "name": "kubevirt" },
-            "spec": { "configuration": { "migrations": migrations } },
-        });
-        plane.accepts(&configuration.to_string()).await?;
+        objects::create_kubevirt(&client, migrations).await?;
         let guests = Arc::new(Guests::default());
         let sockets = plane.directory().join("qmp");
         std::fs::create_dir(&sockets).context("cannot make the directory of QMP sockets")?;
@@ -69,7 +76,8 @@ impl World {
         std::fs::set_permissions(directory, PermissionsExt::from_mode(0o711)).context("cannot open the world's directory")?;
         std::fs::create_dir(directory.join("pods")).context("cannot make the directory of pods")?;
         let pods = directory.join("pods");
-        let kubevirt = KubeVirt::start(client, LabMover { guests: Arc::clone(&guests), sockets, pods });
+        let kubevirt = KubeVirt::start(&plane, LabMover { guests: Arc::clone(&guests), sockets, pods }).await?;
+        plane.nodes_are_ready(&[NODE, OTHER_NODE]).await?;
         let local = |port: u16| format!("127.0.0.1:{port}");
         Ok(Self {
             kubevirt: Some(kubevirt),
@@ -99,8 +107,13 @@ impl World {
         let side = running_vmi(&self.plane.client()?, namespace, name, NODE, &memory).await?;
         let qmp = socket(&self.sockets(), &side.pod_uid);
         let vm = Vm::start(spec.qmp(&qmp)).await?;
-        self.guests.put(&(namespace.to_owned(), name.to_owned()), vm);
+        self.guests.put(&(namespace.to_owned(), name.to_owned()), Guest::Bare(Box::new(vm)));
         Ok(qmp)
+    }
+
+    /// Announces a VM without a guest: a VMI that runs on this node, with its launcher pod.
+    pub async fn announce(&self, namespace: &str, name: &str, node: &str) -> Result<()> {
+        running_vmi(&self.plane.client()?, namespace, name, node, "512Mi").await.map(drop)
     }
 
     /// The directory of pods, as a kubelet would lay it out.
@@ -128,7 +141,7 @@ impl World {
 
     /// Leaves a guest in a pod to this world, where KubeVirt's part may migrate it.
     pub fn settle(&self, namespace: &str, name: &str, launcher: Launcher) {
-        self.guests.put_launcher(&(namespace.to_owned(), name.to_owned()), launcher);
+        self.guests.put(&(namespace.to_owned(), name.to_owned()), Guest::InPod(Box::new(launcher)));
     }
 
     /// The socket of the libvirt of a guest in a pod.
@@ -139,9 +152,7 @@ impl World {
 
     /// Takes a guest in a pod, its domain's name with it, out of the world.
     pub fn take_pod(&self, namespace: &str, name: &str) -> Result<(Launcher, String)> {
-        let launcher = self.guests.take_launcher(&(namespace.to_owned(), name.to_owned()));
-        let launcher = launcher.with_context(|| format!("no pod of {namespace}/{name} is here, or it is being migrated"))?;
-        Ok((launcher, domain(namespace, name)))
+        Ok((self.guests.take_launcher(&(namespace.to_owned(), name.to_owned()))?, domain(namespace, name)))
     }
 
     /// Takes a guest out of the world, to do with it as one likes.
@@ -151,7 +162,7 @@ impl World {
 
     /// Puts it back.
     pub fn put(&self, namespace: &str, name: &str, vm: Vm) {
-        self.guests.put(&(namespace.to_owned(), name.to_owned()), vm);
+        self.guests.put(&(namespace.to_owned(), name.to_owned()), Guest::Bare(Box::new(vm)));
     }
 
     /// Asks a guest's QEMU, by the laboratory's own monitor.
@@ -186,15 +197,31 @@ impl World {
     async fn start_agent_among(&mut self, vms: [&str; 2], host: &HostConstants, more: &[&str]) -> Result<()> {
         let constants = self.plane.directory().join("host.json");
         std::fs::write(&constants, serde_json::to_vec(host)?).context("cannot write the host's constants")?;
-        let checkpoint = self.plane.directory().join("checkpoint");
-        let (health, constants, checkpoint) =
-            (self.agent_health.clone(), constants.to_string_lossy(), checkpoint.to_string_lossy());
-        let mut args = vec!["agent", "--node", NODE, "--listen", &health, "--host", &constants, "--checkpoint", &checkpoint];
-        args.extend(vms);
-        args.extend(more);
-        let process = self.plane.product("agent", &args, &[])?;
-        self.processes.insert("agent", process);
-        self.ready("agent", &health).await
+        let constants = constants.to_string_lossy().into_owned();
+        let health = self.agent_health.clone();
+        self.start_agent_on("agent", NODE, &health, &[&["--host", &constants], &vms[..], more].concat()).await
+    }
+
+    /// Starts `migvisor agent` under this name for a node, and waits until it is ready.
+    pub async fn start_agent_on(&mut self, name: &'static str, node: &str, health: &str, more: &[&str]) -> Result<()> {
+        let checkpoint = self.plane.directory().join(format!("checkpoint-{node}"));
+        let checkpoint = checkpoint.to_string_lossy();
+        let args = [&["agent", "--node", node, "--listen", health, "--checkpoint", &checkpoint], more].concat();
+        let process = self.product(name, ("migvisor-agent", node), &args).await?;
+        self.processes.insert(name, process);
+        self.ready(name, health).await
+    }
+
+    /// A part of the product: with the token of its own pod on that node, or as the administrator where the cluster is not whole.
+    async fn product(&self, name: &str, (account, node): (&str, &str), args: &[&str]) -> Result<Process> {
+        if !self.plane.is_whole() {
+            return self.plane.product(name, args, &[]);
+        }
+        let pod = self.plane.unique(name);
+        let kubeconfig = self.plane.account(account, Some((&pod, node))).await?.kubeconfig;
+        let kubeconfig = kubeconfig.to_string_lossy();
+        // Its own file is all that it has.
+        self.plane.product(name, &[args, &["--kubeconfig", &kubeconfig]].concat(), &[("KUBECONFIG", "/nonexistent")])
     }
 
     /// Starts `migvisor controller` with its webhooks installed, and waits until it is ready.
@@ -210,8 +237,11 @@ impl World {
         let (cert, key) = (self.certificate.certificate.to_string_lossy(), self.certificate.key.to_string_lossy());
         let mut args =
             vec!["controller", "--webhook-listen", &listen, "--listen", health, "--tls-cert", &cert, "--tls-key", &key];
+        if self.plane.is_whole() {
+            args.extend(["--lease-namespace", account::NAMESPACE]);
+        }
         args.extend(more);
-        let process = self.plane.product(name, &args, &[])?;
+        let process = self.product(name, ("migvisor-controller", OTHER_NODE), &args).await?;
         self.processes.insert(name, process);
         self.ready(name, health).await
     }
