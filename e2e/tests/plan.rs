@@ -90,7 +90,7 @@ impl Scene {
         plane.accepts(&kubevirt.to_string()).await?;
         let mover = Pretend { takes, doomed: doomed.iter().copied().collect(), ..Pretend::default() };
         let most = Arc::clone(&mover.most);
-        let kubevirt = KubeVirt::start(client.clone(), mover);
+        let kubevirt = KubeVirt::start(&plane, mover).await?;
         let account = plane.account("migvisor-controller", Some(("controller", "node-b"))).await?;
         let controller = controller(&plane, &account.kubeconfig.to_string_lossy()).await?;
         Ok(Self { plane, client, controller, most, _kubevirt: kubevirt })
