@@ -56,6 +56,9 @@ impl Manager {
         cases: &[Case],
     ) -> Result<Option<Duration>, WriteError> {
         let mut again = None;
+        if cases.iter().all(|case| case.step != Step::LetGo) {
+            self.remember(key, |memory| memory.letting_go = None);
+        }
         for Case { migration, pod, decision, step } in cases {
             let name = migration.name_any();
             match (step, pod.as_ref().filter(|pod| hold::is_gated(pod))) {
@@ -71,7 +74,6 @@ impl Manager {
                         continue;
                     }
                     self.writer.let_go(pod).await?;
-                    self.remember(key, |memory| memory.letting_go = None);
                     info!(namespace = key.namespace, vm = key.name, migration = name, "let go");
                     self.tell_once(key, migration, "MigrationReleased", false, &decision.message).await;
                 }

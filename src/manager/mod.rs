@@ -196,6 +196,15 @@ struct Memory {
     letting_go: Option<Instant>,
 }
 
+impl Memory {
+    /// What KubeVirt has forgotten is told of no more.
+    fn forget_all_but(&mut self, migrations: &[Arc<VirtualMachineInstanceMigration>]) {
+        let known = |uid: &String| migrations.iter().any(|migration| migration.metadata.uid.as_ref() == Some(uid));
+        self.warned.retain(known);
+        self.told_of.retain(|(uid, _)| known(uid));
+    }
+}
+
 struct Manager {
     knowledge: Knowledge,
     writer: Writer,
@@ -243,6 +252,7 @@ impl Manager {
         // One look through all migrations, and none at all on the way of admission.
         let migrations = self.knowledge.migrations_of(&key.namespace, &key.name);
         let cases = self.cases(&migrations, &pods);
+        self.remember(key, |memory| memory.forget_all_but(&migrations));
         let asked = self.ask(key, &vmi, stored.as_deref(), &migrations, &cases).await;
         // Whatever became of the question: nothing stays held for it.
         let held = self.carry_out(key, Some(&vmi), stored.as_deref(), &cases).await?;
