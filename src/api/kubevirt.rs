@@ -241,6 +241,9 @@ pub struct MigrationState {
     /// `PreCopy`, `PostCopy` or `Paused`.
     #[serde(deserialize_with = "lenient")]
     pub mode: String,
+    /// The MigrationPolicy that it runs under; empty: none.
+    #[serde(deserialize_with = "lenient")]
+    pub migration_policy_name: String,
 }
 
 impl VirtualMachineInstance {
