@@ -22,6 +22,8 @@ use crate::{
 /// How long a dry run that has been withdrawn gets to leave the VM before its migration goes on. Longer than an agent needs, and KubeVirt
 /// takes seconds from the end of the gate to the first page.
 pub const LETTING_GO: Duration = Duration::from_secs(10);
+/// An evacuation or a workload update that the policy does not have held gets this long for a remedy to be applied.
+pub const DRAINS: Duration = Duration::from_secs(10);
 /// A migration that is held is looked at this often, for its deadline.
 pub const HOLDING: Duration = Duration::from_secs(5);
 
@@ -62,6 +64,8 @@ pub enum Step {
     Leave,
     /// It waits for its dry run.
     Hold,
+    /// A remedy is applied to it; then it goes.
+    Force,
     /// Its gate goes, once no dry run is under way.
     LetGo,
     /// It is deleted: it would fail, and nothing is transferred yet.
@@ -73,13 +77,18 @@ fn is_early(migration: &VirtualMachineInstanceMigration) -> bool {
     matches!(migration.status.phase.as_str(), "" | "Pending" | "Scheduling")
 }
 
-/// `pod`: its target pod, if there is one. `decision`: as it is now, with the deadline of the hold in it.
-pub fn step(migration: &VirtualMachineInstanceMigration, pod: Option<&Pod>, decision: &Decision) -> Step {
+/// `pod`: its target pod, if there is one. `decision`: as it is now, with the deadline of the hold in it. `forced`: the remedy has been applied,
+/// and KubeVirt would go by it.
+pub fn step(migration: &VirtualMachineInstanceMigration, pod: Option<&Pod>, decision: &Decision, forced: bool) -> Step {
     let gated = pod.is_some_and(is_gated);
     let ends = migration.metadata.deletion_timestamp.is_some();
     match decision.action {
         // KubeVirt takes its pod away; letting it go would only have it scheduled before.
         _ if ends || !migration.is_under_way() => Step::Leave,
+        Action::Hold if decision.remedy.is_some() && gated && !forced => Step::Force,
+        // Nothing to wait for: its pod will be gated for the moment that it takes.
+        Action::Hold if decision.remedy.is_some() && !gated => Step::Leave,
+        Action::Hold if decision.remedy.is_some() => Step::LetGo,
         // What is not gated moves, or is about to.
         Action::Hold if gated || (pod.is_none() && is_early(migration)) => Step::Hold,
         Action::Deny if gated || (pod.is_none() && is_early(migration)) => Step::Abandon,
