@@ -241,6 +241,9 @@ pub struct MigrationState {
     /// `PreCopy`, `PostCopy` or `Paused`.
     #[serde(deserialize_with = "lenient")]
     pub mode: String,
+    /// The MigrationPolicy that it runs under; empty: none.
+    #[serde(deserialize_with = "lenient")]
+    pub migration_policy_name: String,
 }
 
 impl VirtualMachineInstance {
@@ -351,9 +354,21 @@ pub struct KubeVirtSpec {
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(default)]
 pub struct KubeVirtConfiguration {
+    /// What is tried out.
+    #[serde(rename = "developerConfiguration", deserialize_with = "lenient")]
+    pub developer_configuration: DeveloperConfiguration,
     /// How migrations run.
     #[serde(deserialize_with = "lenient")]
     pub migrations: MigrationConfiguration,
+}
+
+/// `spec.configuration.developerConfiguration`.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct DeveloperConfiguration {
+    /// The gates that are open.
+    #[serde(deserialize_with = "lenient")]
+    pub feature_gates: Vec<String>,
 }
 
 /// `spec.configuration.migrations`; what is absent has KubeVirt's default.

@@ -25,6 +25,13 @@ pub const AGENT_MIGRATION: &str = "migvisor-agent-migration";
 /// The scheduling gate on the target pod of a migration that is held. While it is there the pod is not scheduled, and nothing is transferred.
 pub const GATE: &str = "migvisor.io/dry-run";
 
+/// On a VirtualMachineInstance, while one of its migrations is forced: the UID of that migration. Our MigrationPolicy selects it by this.
+pub const FORCE_LABEL: &str = "migvisor.io/force";
+/// On a MigrationPolicy of ours: the VM that it is for, `namespace/name`.
+pub const FORCED_VM: &str = "migvisor.io/vm";
+/// What the names of our MigrationPolicies begin with.
+pub const FORCE_PREFIX: &str = "migvisor-";
+
 /// Annotations on a MigrationForecast by which the manager tells the agent what happens to the VM: a migration that is not final, another
 /// spec.
 ///

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     dry_run,
     forecast::{CostWeights, Sla},
+    remedy::{self, Remedy},
     scalar::{Duration, Quantity},
     schema,
 };
@@ -59,6 +60,11 @@ pub struct PredictionPolicySpec {
     /// How long and how many migrations are held back; as the defaults of its fields when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hold: Option<HoldPolicy>,
+    /// What may be done, under `Enforce`, about a migration that would fail: the first that is forecast to help is applied to that migration alone, through a
+    /// MigrationPolicy of its own, before anything is sent. Gentlest first. Empty: nothing.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(schema_with = "remedy::list")]
+    pub remedies: Vec<Remedy>,
     /// What `Enforce` does to evacuations (drains, evictions, the descheduler's too) and workload updates.
     #[serde(default)]
     pub evacuations: Evacuations,
@@ -97,7 +103,7 @@ fn default_held() -> u64 {
 /// again, and a drain waits for them.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
 pub enum Evacuations {
-    /// They pass with a warning.
+    /// They pass with a warning; where a remedy helps, they are held for the moment that it takes to apply it.
     #[default]
     Warn,
     /// They are held for a dry run like a person's, and pass with a warning, whatever comes of it.

@@ -5,6 +5,7 @@ use crate::{
     api::{
         MigrationForecastSpec,
         forecast::{BandwidthSource, BudgetEnd},
+        remedy::{RemedyAnswer, RemedyType},
         scalar::Duration,
     },
     model::{
@@ -14,7 +15,13 @@ use crate::{
 };
 
 /// The whole paragraph.
-pub(super) fn compose(input: &Input<'_>, present: &MigrationForecastSpec, forecast: &Forecast, action: Action) -> String {
+pub(super) fn compose(
+    input: &Input<'_>,
+    present: &MigrationForecastSpec,
+    forecast: &Forecast,
+    action: Action,
+    remedy: Option<&RemedyAnswer>,
+) -> String {
     let vm = input.vm;
     let total = Duration::from_ms(forecast.total_ms).human();
     let at = at_bandwidth(present);
@@ -48,12 +55,17 @@ pub(super) fn compose(input: &Input<'_>, present: &MigrationForecastSpec, foreca
         Verdict::Fails => failure(vm, &at, present, forecast),
     };
     let ways_out = ways_out(input, present, forecast, action).join("; ");
-    format!("{what}. {}. {}Ways out: {ways_out}.", needs(forecast), done_about_it(input, action))
+    format!("{what}. {}. {}Ways out: {ways_out}.", needs(forecast), done_about_it(input, action, remedy))
 }
 
 /// What migvisor does about it, where that is more than to say so.
-fn done_about_it(input: &Input<'_>, action: Action) -> String {
+fn done_about_it(input: &Input<'_>, action: Action, remedy: Option<&RemedyAnswer>) -> String {
     match (action, input.overridden) {
+        (Action::Hold, _) if remedy.is_some() => {
+            let took = remedy.and_then(|remedy| remedy.total_time);
+            let took = took.map_or_else(String::new, |total| format!(", which is forecast to take {}", total.human()));
+            format!("It is forced: this migration alone gets {}{took}. ", remedy.map(in_words).unwrap_or_default())
+        }
         (Action::Hold, _) => {
             let deadline = input.policy.and_then(|policy| policy.spec.hold).unwrap_or_default().deadline;
             format!("It is held until a dry run has tried it out, for at most {}; nothing is sent meanwhile. ", deadline.human())
@@ -63,6 +75,26 @@ fn done_about_it(input: &Input<'_>, action: Action) -> String {
             format!("The MigrationOverride {} lets it through ({}). ", name_of(by.metadata.name.as_ref()), reason.trim())
         }
         _ => String::new(),
+    }
+}
+
+/// What a remedy changes of KubeVirt's configuration.
+pub(super) fn in_words(remedy: &RemedyAnswer) -> String {
+    let per_gib = remedy.completion_timeout_per_gib;
+    match remedy.kind {
+        RemedyType::TimeBudget => format!("more time (completionTimeoutPerGiB {})", per_gib.unwrap_or_default()),
+        RemedyType::AutoConverge => "a guest that is throttled (allowAutoConverge)".to_owned(),
+        RemedyType::Bandwidth => {
+            format!("more bandwidth (bandwidthPerMigration {})", remedy.bandwidth.as_ref().map_or("", |rate| rate.0.as_str()))
+        }
+        RemedyType::Downtime => {
+            let limit = remedy.max_downtime.map(Duration::human).unwrap_or_default();
+            format!("a longer downtime (maxDowntimeMs, {limit})")
+        }
+        RemedyType::PostCopy => match per_gib {
+            Some(seconds) => format!("post-copy (allowPostCopy, after completionTimeoutPerGiB {seconds})"),
+            None => "post-copy (allowPostCopy)".to_owned(),
+        },
     }
 }
 

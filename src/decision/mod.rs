@@ -18,6 +18,7 @@ use crate::{
         migration_override::MigrationOverride,
         names::{self, reason},
         policy::{DryRunMode, Evacuations, Mode, PredictionPolicy},
+        remedy::RemedyAnswer,
     },
     model::forecast::{Forecast, Method, Verdict},
 };
@@ -122,7 +123,7 @@ pub enum Action {
     Allow,
     /// It passes; whoever made it is told.
     AllowWithWarning,
-    /// It passes, and is held back before anything is transferred until a dry run has tried it out.
+    /// It passes, and is held back before anything is transferred, until a dry run has tried it out or a remedy has been applied.
     Hold,
     /// It is refused.
     Deny,
@@ -151,6 +152,8 @@ pub struct Decision {
     pub reason: &'static str,
     /// Why, for people: what would happen, what it needs, the ways out.
     pub message: String,
+    /// With [`Action::Hold`]: it is held for this to be applied. `None`: for a dry run.
+    pub remedy: Option<RemedyAnswer>,
 }
 
 /// What the stored answer is worth now.
@@ -227,45 +230,53 @@ pub fn decide(input: &Input<'_>) -> Decision {
         (Assessment::Unknown(reason, message), _) => return unknown(input, reason, &message),
         (Assessment::Known(_), None) => return unknown(input, reason::NO_ANSWER, "the VM is not known here"),
     };
-    let action = act(input, present, &forecast);
+    let (action, remedy) = act(input, present, &forecast);
+    let told = if input.stage == Stage::Nobody { Action::Allow } else { action };
     Decision {
         action,
         verdict: forecast.verdict,
         reason: reason_of(&forecast, present),
-        message: message::compose(input, present, &forecast, if input.stage == Stage::Nobody { Action::Allow } else { action }),
+        message: message::compose(input, present, &forecast, told, remedy),
+        remedy: remedy.cloned(),
     }
 }
 
 fn unknown(input: &Input<'_>, reason: &'static str, message: &str) -> Decision {
     let message = format!("migvisor has no forecast for the live migration of {}: {}.", input.vm, message.trim_end_matches('.'));
-    Decision { action: Action::Allow, verdict: Verdict::Unknown, reason, message }
+    Decision { action: Action::Allow, verdict: Verdict::Unknown, reason, message, remedy: None }
 }
 
-fn act(input: &Input<'_>, present: &MigrationForecastSpec, forecast: &Forecast) -> Action {
-    let Some(policy) = input.policy.map(|policy| &policy.spec) else { return Action::Allow };
+fn act<'a>(
+    input: &Input<'a>,
+    present: &'a MigrationForecastSpec,
+    forecast: &Forecast,
+) -> (Action, Option<&'a RemedyAnswer>) {
+    let Some(policy) = input.policy.map(|policy| &policy.spec) else { return (Action::Allow, None) };
     if policy.mode == Mode::Audit || matches!(forecast.verdict, Verdict::Converges | Verdict::Unknown) {
-        return Action::Allow;
+        return (Action::Allow, None);
+    }
+    if policy.mode == Mode::Warn || input.overridden.is_some() || is_forced(present) {
+        return (Action::AllowWithWarning, None);
     }
     let kubevirts = input.origin.is_kubevirts();
     let lenient = kubevirts && policy.evacuations == Evacuations::Warn;
-    if policy.mode == Mode::Warn || input.overridden.is_some() || is_forced(present) || lenient {
-        return Action::AllowWithWarning;
-    }
-    if policy.dry_run.as_ref().is_some_and(|dry_run| dry_run.mode != DryRunMode::Never)
-        && leaves_a_doubt(input, present, forecast)
-    {
-        match input.room {
-            Room::Free => return Action::Hold,
-            // It was told that it would be held: that there is no room is not its fault.
-            Room::Full | Room::NoManager if input.stage == Stage::Admitted => return Action::AllowWithWarning,
-            Room::Full | Room::NoManager | Room::OutOfTime => {}
-        }
+    let tries = policy.dry_run.as_ref().is_some_and(|dry_run| dry_run.mode != DryRunMode::Never);
+    let remedy = if !lenient && tries && leaves_a_doubt(input, present, forecast) {
+        Some(None)
+    } else {
+        would_help(input, present).filter(|_| forecast.verdict == Verdict::Fails).map(Some)
+    };
+    match (remedy, input.room) {
+        (Some(remedy), Room::Free) => return (Action::Hold, remedy),
+        // It was told that it would be held: that there is no room is not its fault.
+        (Some(_), Room::Full | Room::NoManager) if input.stage == Stage::Admitted => return (Action::AllowWithWarning, None),
+        _ => {}
     }
     match forecast.verdict {
         // It was let through to be tried out, and nobody did: that is not its fault, either.
-        Verdict::Fails if input.stage == Stage::Admitted && was_cut_short(input, present) => Action::AllowWithWarning,
-        Verdict::Fails if !kubevirts || policy.evacuations == Evacuations::Deny => Action::Deny,
-        _ => Action::AllowWithWarning,
+        Verdict::Fails if input.stage == Stage::Admitted && was_cut_short(input, present) => (Action::AllowWithWarning, None),
+        Verdict::Fails if !kubevirts || policy.evacuations == Evacuations::Deny => (Action::Deny, None),
+        _ => (Action::AllowWithWarning, None),
     }
 }
 
@@ -273,6 +284,13 @@ fn act(input: &Input<'_>, present: &MigrationForecastSpec, forecast: &Forecast) 
 fn was_cut_short(input: &Input<'_>, present: &MigrationForecastSpec) -> bool {
     let tried = input.forecast.and_then(|forecast| forecast.status.as_ref()?.dry_run.as_ref());
     tried.is_some_and(|tried| tried.phase == DryRunPhase::Cancelled && tried.is_over(&present.fingerprint(), input.now))
+}
+
+/// The first of the remedies that the policy allows of which the agent says that it would converge with it: what is asked about in the
+/// present question is what the policy allows, in its order.
+fn would_help<'a>(input: &Input<'a>, present: &MigrationForecastSpec) -> Option<&'a RemedyAnswer> {
+    let answers = input.forecast?.status.as_ref()?.remedies_for(present, input.now)?;
+    answers.iter().find(|answer| answer.verdict == Verdict::Converges)
 }
 
 /// A dry run could tell more than what is known: the pattern alone speaks, it is not beyond hope, and none has been tried lately.

@@ -1,5 +1,5 @@
 //! Writes what [`super::observe`] and [`super::hold`] decided, and nothing else: the manager's part of forecasts, the removal of our gate from a
-//! target pod, the deletion of a migration that is abandoned, and events. Never a VM.
+//! target pod, the deletion of a migration that is abandoned, the MigrationPolicy and the one label of a VM by which a migration is forced, and events.
 
 use std::{fmt, time::Duration};
 
@@ -17,10 +17,17 @@ use tokio::time::timeout;
 use tracing::warn;
 
 use super::{
+    force,
     metrics::ManagerMetrics,
     observe::{Notice, OwnStatus},
 };
-use crate::api::{MigrationForecast, kubevirt::VirtualMachineInstanceMigration, migration::HintPhase, names};
+use crate::api::{
+    MigrationForecast,
+    kubevirt::{MigrationPolicy, VirtualMachineInstance, VirtualMachineInstanceMigration},
+    migration::HintPhase,
+    names,
+    remedy::RemedyAnswer,
+};
 
 /// An API server that takes longer is treated as one that is away.
 pub(super) const PATIENCE: Duration = Duration::from_secs(15);
@@ -136,6 +143,46 @@ impl Writer {
         let api: Api<DynamicObject> = Api::namespaced_with(self.client.clone(), namespace, &resource);
         let (name, parameters) = (migration.name_any(), only_this(migration.uid()));
         gone_is_done(self.write("delete", "migration", migration, api.delete(&name, &parameters)).await)
+    }
+
+    /// Applies a remedy to one migration: first our MigrationPolicy, whose selector nothing matches yet, then the label that it selects by.
+    /// `theirs`: the policy that would win, taken over with all of its fields.
+    pub(super) async fn force(
+        &self,
+        vmi: &VirtualMachineInstance,
+        migration: &VirtualMachineInstanceMigration,
+        theirs: Option<&str>,
+        remedy: &RemedyAnswer,
+    ) -> Result<(), WriteError> {
+        let api: Api<DynamicObject> = Api::all_with(self.client.clone(), &ApiResource::erase::<MigrationPolicy>(&()));
+        let winner = match theirs {
+            Some(name) => self.write("read", "migrationpolicy", migration, api.get_opt(name)).await?,
+            None => None,
+        };
+        let winner = winner.and_then(|winner| serde_json::to_value(winner).ok());
+        let (uid, name) = (migration.uid().unwrap_or_default(), vmi.name_any());
+        let policy = force::policy(winner.as_ref(), migration.metadata.namespace.as_deref().unwrap_or_default(), &name, &uid, remedy);
+        let parameters = PatchParams::apply(names::MANAGER).force();
+        let applied = api.patch(&force::name(&uid), &parameters, &Patch::Apply(&policy));
+        self.write("apply the MigrationPolicy that forces", "migrationpolicy", migration, applied).await?;
+        self.label(vmi, Some(&uid)).await
+    }
+
+    /// Puts the label on a VM by which our MigrationPolicy selects it, or takes it off.
+    pub(super) async fn label(&self, vmi: &VirtualMachineInstance, migration_uid: Option<&str>) -> Result<(), WriteError> {
+        let resource = ApiResource::erase::<VirtualMachineInstance>(&());
+        let namespace = vmi.metadata.namespace.as_deref().unwrap_or_default();
+        let api: Api<DynamicObject> = Api::namespaced_with(self.client.clone(), namespace, &resource);
+        let patch = json!({ "metadata": { "uid": vmi.metadata.uid, "labels": { names::FORCE_LABEL: migration_uid } } });
+        let (name, parameters) = (vmi.name_any(), PatchParams { field_manager: Some(names::MANAGER.to_owned()), ..PatchParams::default() });
+        gone_is_done(self.write("label", "vmi", vmi, api.patch(&name, &parameters, &Patch::Merge(patch))).await)
+    }
+
+    /// Deletes a MigrationPolicy of ours.
+    pub(super) async fn delete_policy(&self, policy: &MigrationPolicy) -> Result<(), WriteError> {
+        let api: Api<DynamicObject> = Api::all_with(self.client.clone(), &ApiResource::erase::<MigrationPolicy>(&()));
+        let (name, parameters) = (policy.name_any(), only_this(policy.metadata.uid.clone()));
+        gone_is_done(self.write("delete", "migrationpolicy", policy, api.delete(&name, &parameters)).await)
     }
 
     /// Publishes an event. Events are a courtesy: a failure is logged, and nothing waits for it.

@@ -1,4 +1,5 @@
-//! Carries out what [`super::hold`] says: takes our gate off, deletes what is abandoned, tells of both.
+//! Carries out what [`super::hold`] and [`super::force`] say: applies remedies and clears up after them, takes our gate off, deletes what is
+//! abandoned, tells of it.
 
 use std::{sync::Arc, time::Duration};
 
@@ -10,6 +11,7 @@ use tracing::{info, warn};
 
 use super::{
     Manager, WriteError,
+    force::{self, Served},
     hold::{self, HOLDING, LETTING_GO, Step},
     observe::Notice,
     watch::Key,
@@ -18,6 +20,7 @@ use crate::{
     api::{
         MigrationForecast,
         kubevirt::{VirtualMachineInstance, VirtualMachineInstanceMigration},
+        names::{FORCE_LABEL, FORCE_PREFIX},
     },
     decision::Decision,
 };
@@ -38,12 +41,19 @@ pub(super) struct Case {
 
 impl Manager {
     /// What is to be done about each of a VM's migrations that are not over.
-    pub(super) fn cases(&self, migrations: &[Arc<VirtualMachineInstanceMigration>], pods: &[Arc<Pod>]) -> Vec<Case> {
+    pub(super) fn cases(
+        &self,
+        vmi: Option<&VirtualMachineInstance>,
+        migrations: &[Arc<VirtualMachineInstanceMigration>],
+        pods: &[Arc<Pod>],
+    ) -> Vec<Case> {
         let now = Timestamp::now();
         let case = |migration: &Arc<VirtualMachineInstanceMigration>| {
             let pod = hold::pod_of(pods, migration);
             let decision = self.knowledge.judge(self.knowledge.candidate(migration, pod), now).decision;
-            let step = hold::step(migration, pod, &decision);
+            let uid = migration.metadata.uid.as_deref().unwrap_or_default();
+            let forced = decision.remedy.is_some() && vmi.is_some_and(|vmi| self.knowledge.is_forced(vmi, uid));
+            let step = hold::step(migration, pod, &decision, forced);
             Case { migration: Arc::clone(migration), pod: pod.cloned(), decision, step }
         };
         migrations.iter().filter(|migration| migration.is_under_way()).map(case).collect()
@@ -58,12 +68,25 @@ impl Manager {
         cases: &[Case],
     ) -> Result<Option<Duration>, WriteError> {
         let mut again = None;
+        if cases.iter().all(|case| case.step != Step::LetGo) {
+            self.remember(key, |memory| memory.letting_go = None);
+        }
         for Case { migration, pod, decision, step } in cases {
             let name = migration.name_any();
             match (step, pod.as_ref().filter(|pod| hold::is_gated(pod))) {
                 (Step::Hold, Some(_)) => {
                     self.tell_once(key, migration, "MigrationHeld", false, &decision.message).await;
                     again = Some(HOLDING);
+                }
+                (Step::Force, Some(_)) => {
+                    if let (Some(vmi), Some(remedy)) = (vmi, &decision.remedy) {
+                        let theirs = self.knowledge.migration_policy(vmi).map(|policy| policy.name_any());
+                        self.writer.force(vmi, migration, theirs.as_deref(), remedy).await?;
+                        info!(namespace = key.namespace, vm = key.name, migration = name, remedy = ?remedy.kind, "forced");
+                        self.tell_once(key, migration, "MigrationForced", false, &decision.message).await;
+                    }
+                    // The rest when the watches show it.
+                    again = Some(Duration::from_secs(1));
                 }
                 (Step::LetGo, Some(pod)) => {
                     // QEMU has one migration at a time.
@@ -73,7 +96,6 @@ impl Manager {
                         continue;
                     }
                     self.writer.let_go(pod).await?;
-                    self.remember(key, |memory| memory.letting_go = None);
                     info!(namespace = key.namespace, vm = key.name, migration = name, "let go");
                     self.tell_once(key, migration, "MigrationReleased", false, &decision.message).await;
                 }
@@ -88,10 +110,49 @@ impl Manager {
                         self.writer.notify(&vmi.object_ref(&()), notice).await;
                     }
                 }
-                (Step::Hold | Step::LetGo | Step::Leave, _) => {}
+                (Step::Hold | Step::Force | Step::LetGo | Step::Leave, _) => {}
             }
         }
         Ok(again)
+    }
+
+    /// Clears up after forced migrations: our MigrationPolicies of this VM that have served, and the label that they select by.
+    pub(super) async fn unforce(
+        &self,
+        key: &Key,
+        vmi: Option<&VirtualMachineInstance>,
+        migrations: &[Arc<VirtualMachineInstanceMigration>],
+    ) -> Result<(), WriteError> {
+        let mut wanted = None;
+        for policy in self.knowledge.forces_of(&key.namespace, &key.name) {
+            let name = policy.name_any();
+            let uid = name.strip_prefix(FORCE_PREFIX).unwrap_or_default();
+            let migration = migrations.iter().find(|migration| migration.metadata.uid.as_deref() == Some(uid));
+            match force::served(uid, migration.map(AsRef::as_ref), vmi) {
+                Served::NotYet => {
+                    wanted = Some(uid.to_owned());
+                    continue;
+                }
+                Served::Missed(other) => {
+                    let other = if other.is_empty() { "none at all".to_owned() } else { other };
+                    let note = format!("KubeVirt runs it under another MigrationPolicy than {name}, which was to force it: {other}.");
+                    if let Some(migration) = migration {
+                        self.tell_once(key, migration, "MigrationForceFailed", true, &note).await;
+                    }
+                }
+                Served::Applied | Served::Over => {}
+            }
+            self.writer.delete_policy(&policy).await?;
+        }
+        let label = vmi.and_then(|vmi| vmi.metadata.labels.as_ref()?.get(FORCE_LABEL));
+        // A label that was put on before its policy is seen stays for the watches to catch up.
+        if let (Some(vmi), Some(label)) = (vmi, label)
+            && wanted.as_ref() != Some(label)
+            && !migrations.iter().any(|migration| migration.is_under_way() && migration.metadata.uid.as_ref() == Some(label))
+        {
+            self.writer.label(vmi, None).await?;
+        }
+        Ok(())
     }
 
     /// An event on the migration, unless it has been told of already. False: it has.

@@ -22,6 +22,8 @@ use crate::{
 /// How long a dry run that has been withdrawn gets to leave the VM before its migration goes on. Longer than an agent needs, and KubeVirt
 /// takes seconds from the end of the gate to the first page.
 pub const LETTING_GO: Duration = Duration::from_secs(10);
+/// An evacuation or a workload update that the policy does not have held gets this long for a remedy to be applied.
+pub const DRAINS: Duration = Duration::from_secs(10);
 /// A migration that is held is looked at this often, for its deadline.
 pub const HOLDING: Duration = Duration::from_secs(5);
 
@@ -62,19 +64,23 @@ pub enum Step {
     Leave,
     /// It waits for its dry run.
     Hold,
+    /// A remedy is applied to it; then it goes.
+    Force,
     /// Its gate goes, once no dry run is under way.
     LetGo,
     /// It is deleted: it would fail, and nothing is transferred yet.
     Abandon,
 }
 
-/// `pod`: its target pod, if there is one. `decision`: as it is now, with the deadline of the hold in it.
-pub fn step(migration: &VirtualMachineInstanceMigration, pod: Option<&Pod>, decision: &Decision) -> Step {
+/// `pod`: its target pod, if there is one. `decision`: as it is now, with the deadline of the hold in it. `forced`: the remedy has been applied,
+/// and KubeVirt would go by it.
+pub fn step(migration: &VirtualMachineInstanceMigration, pod: Option<&Pod>, decision: &Decision, forced: bool) -> Step {
     let gated = pod.is_some_and(is_gated);
     let ends = migration.metadata.deletion_timestamp.is_some();
     match decision.action {
         // KubeVirt takes its pod away; letting it go would only have it scheduled before.
         _ if ends || !migration.is_under_way() => Step::Leave,
+        Action::Hold if gated && decision.remedy.is_some() => if forced { Step::LetGo } else { Step::Force },
         // Only what the pod webhook has held: KubeVirt waits for it then, whereas a migration that is deleted before it has a pod is made
         // anew at once and for ever where a drain wants it, and admission is not heard.
         Action::Hold if gated => Step::Hold,

@@ -6,7 +6,13 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 
 use super::*;
-use crate::{api::names::reason, model::forecast::Verdict};
+use crate::{
+    api::{
+        names::reason,
+        remedy::{RemedyAnswer, RemedyType},
+    },
+    model::forecast::Verdict,
+};
 
 fn migration(phase: &str, more: &Value) -> Arc<VirtualMachineInstanceMigration> {
     let mut object = json!({
@@ -31,7 +37,7 @@ fn pod(gates: &[&str], more: &Value) -> Pod {
 }
 
 fn decided(action: Action) -> Decision {
-    Decision { action, verdict: Verdict::Borderline, reason: reason::NEAR_THE_LIMIT, message: String::new() }
+    Decision { action, verdict: Verdict::Borderline, reason: reason::NEAR_THE_LIMIT, message: String::new(), remedy: None }
 }
 
 fn at(time: &str) -> Timestamp {
@@ -61,8 +67,26 @@ fn every_case_has_its_step() {
         (migration("Pending", &comes), None, [Step::Leave; 4]),
     ] {
         let steps = [Action::Allow, Action::AllowWithWarning, Action::Hold, Action::Deny]
-            .map(|action| step(&migration, pod, &decided(action)));
+            .map(|action| step(&migration, pod, &decided(action), false));
         assert_eq!(steps, [allow, warn, hold, deny], "{} gated: {:?}", migration.status.phase, pod.map(is_gated));
+    }
+}
+
+#[test]
+fn a_remedy_is_applied_while_the_gate_is_on() {
+    let none = json!({});
+    let (held, free) = (pod(&[GATE], &none), pod(&[], &none));
+    let remedy = RemedyAnswer { verdict: Verdict::Converges, ..RemedyAnswer::unknown(RemedyType::AutoConverge, "") };
+    let decision = Decision { remedy: Some(remedy), ..decided(Action::Hold) };
+    let scheduling = migration("Scheduling", &none);
+    for (pod, forced, expected) in [
+        (None, false, Step::Leave),
+        (Some(&free), false, Step::Leave),
+        (Some(&held), false, Step::Force),
+        (Some(&held), true, Step::LetGo),
+        (Some(&free), true, Step::Leave),
+    ] {
+        assert_eq!(step(&scheduling, pod, &decision, forced), expected, "{:?} {forced}", pod.map(is_gated));
     }
 }
 

@@ -16,14 +16,15 @@ use kube::{
 
 use super::{
     dry_run::{self, Carriage, Case, Way, Wish},
-    hold,
+    force, hold,
     question::{self, Desired, Effective},
 };
 use crate::{
     api::{
         MigrationForecast, MigrationForecastSpec, MigrationOverride, PredictionPolicy,
         kubevirt::{KubeVirt, MigrationPolicy, VirtualMachineInstance, VirtualMachineInstanceMigration},
-        migration_override, policy,
+        migration_override,
+        policy::{self, Evacuations},
     },
     decision::{self, Decision, Input, Origin, Room, Stage},
 };
@@ -187,10 +188,26 @@ impl Knowledge {
         policy::select(self.policies.state(), &self.namespace_labels(vmi), vmi.labels())
     }
 
-    /// KubeVirt's configuration as it would reach a migration of this VM.
+    /// KubeVirt's configuration as it would reach a migration of this VM that nobody forces.
     pub fn effective(&self, vmi: &VirtualMachineInstance) -> Effective {
-        let migration_policy = policy::select(self.migration_policies.state(), &self.namespace_labels(vmi), vmi.labels());
+        let migration_policy = self.migration_policy(vmi);
         question::effective(self.kubevirt().as_deref(), migration_policy.as_deref())
+    }
+
+    /// The MigrationPolicy that KubeVirt would pick for a migration of this VM that nobody forces.
+    pub fn migration_policy(&self, vmi: &VirtualMachineInstance) -> Option<Arc<MigrationPolicy>> {
+        let theirs = self.migration_policies.state_filter(|policy| !force::is_ours(policy));
+        policy::select(theirs, &self.namespace_labels(vmi), vmi.labels())
+    }
+
+    /// The remedy of this migration has been applied: KubeVirt would go by it.
+    pub fn is_forced(&self, vmi: &VirtualMachineInstance, migration_uid: &str) -> bool {
+        force::is_in_force(self.migration_policies.state(), &self.namespace_labels(vmi), vmi.labels(), migration_uid)
+    }
+
+    /// Our MigrationPolicies for the VM of that name.
+    pub fn forces_of(&self, namespace: &str, name: &str) -> Vec<Arc<MigrationPolicy>> {
+        self.migration_policies.state_filter(|policy| force::is_ours(policy) && force::vm_of(policy) == Some((namespace, name)))
     }
 
     /// KubeVirt's configuration. KubeVirt allows one; where there are more, every replica takes the same.
@@ -277,7 +294,7 @@ impl Knowledge {
             policy: policy.as_deref(),
             origin,
             overridden: overridden.as_deref(),
-            room: self.room(policy.as_deref(), pod, now),
+            room: self.room(policy.as_deref(), origin, pod, now),
             stage,
         });
         Judgement { decision, forecast }
@@ -285,11 +302,14 @@ impl Knowledge {
 
     /// Is there room to hold one more migration, or to go on holding this one? The watch lags behind the gates that replicas put on at the
     /// same time: a few more than the policy says may be held for a moment.
-    fn room(&self, policy: Option<&PredictionPolicy>, pod: Option<&Pod>, now: Timestamp) -> Room {
+    fn room(&self, policy: Option<&PredictionPolicy>, origin: Origin, pod: Option<&Pod>, now: Timestamp) -> Room {
         let limits = policy.and_then(|policy| policy.spec.hold).unwrap_or_default();
         match pod {
-            Some(pod) if hold::is_gated(pod) && hold::held_for(pod, now) < limits.deadline.0 => return Room::Free,
-            Some(pod) if hold::is_gated(pod) => return Room::OutOfTime,
+            Some(pod) if hold::is_gated(pod) => {
+                let lenient = policy.is_some_and(|policy| policy.spec.evacuations == Evacuations::Warn) && origin.is_kubevirts();
+                let deadline = if lenient { limits.deadline.0.min(hold::DRAINS) } else { limits.deadline.0 };
+                return if hold::held_for(pod, now) < deadline { Room::Free } else { Room::OutOfTime };
+            }
             // It goes its way: a gate is put on at a pod's creation or never.
             Some(_) => return Room::Full,
             None => {}

@@ -11,15 +11,17 @@
 //! | [`knowledge`] | the stores, and what can be asked of them together; admission answers from it |
 //! | [`question`] | pure: from a VM and its configuration to what should be asked |
 //! | [`dry_run`] | pure: whether a dry run is wanted |
+//! | [`force`] | pure: the MigrationPolicy that applies a remedy to one migration, and when it has served |
 //! | [`hold`] | pure: which migrations are held, and what becomes of them |
 //! | [`observe`] | pure: from what is known to what should be written |
-//! | `gate` | carries out what is to become of held migrations |
+//! | `gate` | carries out what is to become of held and forced migrations |
 //! | `apply` | writes |
 //! | [`plan`] | makes plans of many migrations, and carries them out |
 //! | `queue` | which VM is looked at next |
 
 mod apply;
 pub mod dry_run;
+pub mod force;
 mod gate;
 pub mod hold;
 pub mod knowledge;
@@ -196,6 +198,15 @@ struct Memory {
     letting_go: Option<Instant>,
 }
 
+impl Memory {
+    /// What KubeVirt has forgotten is told of no more.
+    fn forget_all_but(&mut self, migrations: &[Arc<VirtualMachineInstanceMigration>]) {
+        let known = |uid: &String| migrations.iter().any(|migration| migration.metadata.uid.as_ref() == Some(uid));
+        self.warned.retain(known);
+        self.told_of.retain(|(uid, _)| known(uid));
+    }
+}
+
 struct Manager {
     knowledge: Knowledge,
     writer: Writer,
@@ -211,7 +222,12 @@ impl Manager {
         for vmi in self.knowledge.vmis.state() {
             queue.add(Key { namespace: vmi.namespace().unwrap_or_default(), name: vmi.name_any() }, now);
         }
-        // A VM may be gone whose migration's pod is still held.
+        // A VM may be gone whose migration is still forced, or whose migration's pod is still held.
+        for policy in self.knowledge.migration_policies.state_filter(force::is_ours) {
+            if let Some((namespace, name)) = force::vm_of(&policy) {
+                queue.add(Key { namespace: namespace.to_owned(), name: name.to_owned() }, now);
+            }
+        }
         for pod in self.knowledge.pods.state_filter(hold::is_gated) {
             let name = hold::vmi_of(&pod).unwrap_or_default().to_owned();
             queue.add(Key { namespace: pod.namespace().unwrap_or_default(), name }, now);
@@ -237,16 +253,19 @@ impl Manager {
             // Its forecast goes with it: it is the owner.
             self.memory.lock().unwrap_or_else(PoisonError::into_inner).remove(key);
             self.let_orphans_go(&pods, &[]).await?;
+            self.unforce(key, None, &[]).await?;
             return Ok(pods.iter().any(|pod| hold::is_gated(pod)).then_some(hold::LETTING_GO));
         };
         let stored = self.knowledge.forecast(&key.namespace, &key.name);
         // One look through all migrations, and none at all on the way of admission.
         let migrations = self.knowledge.migrations_of(&key.namespace, &key.name);
-        let cases = self.cases(&migrations, &pods);
+        let cases = self.cases(Some(&vmi), &migrations, &pods);
+        self.remember(key, |memory| memory.forget_all_but(&migrations));
         let asked = self.ask(key, &vmi, stored.as_deref(), &migrations, &cases).await;
         // Whatever became of the question: nothing stays held for it.
         let held = self.carry_out(key, Some(&vmi), stored.as_deref(), &cases).await?;
         self.let_orphans_go(&pods, &migrations).await?;
+        self.unforce(key, Some(&vmi), &migrations).await?;
         let (stored, again) = match (stored, asked?) {
             (Some(stored), Asked::Stands { again }) => (stored, again),
             (_, Asked::Later(left)) => return Ok(Some(left)),

@@ -15,6 +15,8 @@ use crate::{
         kubevirt::{KubeVirt, MigrationConfiguration, MigrationPolicy, VirtualMachineInstance},
         migration::Hint,
         names::{NODE_LABEL, hint},
+        policy::Mode,
+        remedy::{Remedy, RemedyType},
         scalar::Quantity,
     },
     model::{
@@ -29,6 +31,9 @@ const DOWNTIME_LIMIT: Duration = Duration::from_millis(300);
 /// KubeVirt's defaults (`virt-config.go`).
 const OUTBOUND_PER_NODE: usize = 2;
 const PER_CLUSTER: usize = 5;
+
+/// The gate of KubeVirt's stall detector.
+const STALL_DETECTION: &str = "MigrationStallDetection";
 
 const MIB: u64 = 1 << 20;
 
@@ -45,6 +50,8 @@ pub struct Effective {
     pub when_budget_ends: BudgetEnd,
     /// The guest is throttled.
     pub auto_converge: bool,
+    /// KubeVirt's stall detector is on (its gate `MigrationStallDetection`): it heeds `maxDowntimeMs`.
+    pub stall_detection: bool,
     /// Pages are compressed. No part of the question: the model does not know of it, a dry run does.
     pub compression: Compression,
 }
@@ -81,6 +88,10 @@ pub fn effective(cluster: Option<&KubeVirt>, policy: Option<&MigrationPolicy>) -
             (true, false) => BudgetEnd::Pause,
             (false, _) => BudgetEnd::Abort,
         },
+        stall_detection: cluster.is_some_and(|kubevirt| {
+            let gates = &kubevirt.spec.configuration.developer_configuration.feature_gates;
+            gates.iter().any(|gate| gate == STALL_DETECTION)
+        }),
         auto_converge: above.allow_auto_converge.or(below.allow_auto_converge).unwrap_or(false),
         // KubeVirt reads it from a policy only.
         compression: match &above.experimental {
@@ -164,8 +175,24 @@ pub fn desired(vmi: &VirtualMachineInstance, effective: &Effective, policy: Opti
         paused: vmi.is("Paused"),
         outside_model: outside_model.map(str::to_owned),
         dry_run: None,
-        remedies: Vec::new(),
+        remedies: remedies(effective, policy),
     }))
+}
+
+/// What is asked about remedies: what the policy allows, where it would force a migration, in its order; no more bandwidth than a person's
+/// cap, unless the policy says so; a longer downtime only where KubeVirt would heed it.
+fn remedies(effective: &Effective, policy: Option<&PredictionPolicy>) -> Vec<Remedy> {
+    let Some(policy) = policy.map(|policy| &policy.spec).filter(|policy| policy.mode == Mode::Enforce) else { return Vec::new() };
+    let asked = |remedy: &Remedy| match remedy.kind {
+        RemedyType::Downtime if !effective.stall_detection => None,
+        RemedyType::Bandwidth if !remedy.above_cap => {
+            let most = remedy.max_bandwidth.as_ref()?.rate().ok()?;
+            let most = effective.bandwidth.cap().map_or(most, |cap| most.min(cap));
+            Some(Remedy { max_bandwidth: Some(most.into()), ..remedy.clone() })
+        }
+        _ => Some(remedy.clone()),
+    };
+    policy.remedies.iter().filter_map(asked).collect()
 }
 
 /// The less of KubeVirt's cap and what the policy says can be counted on.
@@ -225,7 +252,10 @@ pub fn differs(stored: Option<&MigrationForecast>, wanted: &MigrationForecast) -
         (Some(stored), None) => dry_run::is_ours(stored),
         (stored, wanted) => stored != wanted,
     };
+    // What somebody else asks about stays theirs, where the policy allows nothing.
+    let remedies = !wanted.spec.remedies.is_empty() && stored.spec.remedies != wanted.spec.remedies;
     dry_run
+        || remedies
         || stored.spec.question_only() != wanted.spec.question_only()
         || [hint::MIGRATION, hint::PHASE, hint::VMI_SPEC]
             .iter()

@@ -195,6 +195,8 @@ impl Election {
         }
         let led = self.leads();
         self.lead(None);
+        // What is begun from now on finds nobody here.
+        self.anyone.send_replace(None);
         if led {
             shutdown.stopped().await;
             self.release().await;
