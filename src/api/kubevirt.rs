@@ -175,6 +175,9 @@ pub struct VmiStatus {
     /// `LiveMigration` or `BlockMigration`.
     #[serde(deserialize_with = "lenient")]
     pub migration_method: String,
+    /// The node that it is to leave: KubeVirt makes migrations of it until it has.
+    #[serde(deserialize_with = "lenient")]
+    pub evacuation_node_name: String,
     /// Volumes that move with it.
     #[serde(deserialize_with = "lenient")]
     pub migrated_volumes: Vec<serde_json::Value>,

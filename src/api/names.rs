@@ -27,6 +27,9 @@ pub const GATE: &str = "migvisor.io/dry-run";
 
 /// On a VirtualMachineInstance, while one of its migrations is forced: the UID of that migration. Our MigrationPolicy selects it by this.
 pub const FORCE_LABEL: &str = "migvisor.io/force";
+/// On a VirtualMachineInstance that KubeVirt waits to move: when we last told it that it may. Any change of a VM makes KubeVirt try again,
+/// which it else does only after a quarter of an hour (1.9).
+pub const NUDGE: &str = "migvisor.io/nudge";
 /// On a MigrationPolicy of ours: the VM that it is for, `namespace/name`.
 pub const FORCED_VM: &str = "migvisor.io/vm";
 /// What the names of our MigrationPolicies begin with.

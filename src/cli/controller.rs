@@ -120,6 +120,16 @@ pub async fn run(args: ControllerArgs) -> Result<(), ControllerError> {
         let shutdown = shutdown.clone();
         async move { shutdown.draining().await }
     };
+    // Who leads lets go what is held: not before it can see that.
+    let election = {
+        let (knowledge, shutdown) = (knowledge.clone(), shutdown.clone());
+        async move {
+            tokio::select! {
+                () = knowledge.ready() => election.await,
+                () = shutdown.stopped() => {}
+            }
+        }
+    };
     let managing = manager::run(client, options, knowledge, feeds, manager_metrics, move || leadership.is_leader(), ending);
     let serving = async {
         let ended = admission.run(router, shutdown.clone()).await;

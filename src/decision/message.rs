@@ -1,6 +1,6 @@
 //! What a person is told: what would happen, the bandwidth it needs, the ways out. One paragraph.
 
-use super::{Action, HOPELESS, Input};
+use super::{Action, HOPELESS, Input, Room, Stage};
 use crate::{
     api::{
         MigrationForecastSpec,
@@ -55,11 +55,11 @@ pub(super) fn compose(
         Verdict::Fails => failure(vm, &at, present, forecast),
     };
     let ways_out = ways_out(input, present, forecast, action).join("; ");
-    format!("{what}. {}. {}Ways out: {ways_out}.", needs(forecast), done_about_it(input, action, remedy))
+    format!("{what}. {}. {}Ways out: {ways_out}.", needs(forecast), done_about_it(input, present, action, remedy))
 }
 
 /// What migvisor does about it, where that is more than to say so.
-fn done_about_it(input: &Input<'_>, action: Action, remedy: Option<&RemedyAnswer>) -> String {
+fn done_about_it(input: &Input<'_>, present: &MigrationForecastSpec, action: Action, remedy: Option<&RemedyAnswer>) -> String {
     match (action, input.overridden) {
         (Action::Hold, _) if remedy.is_some() => {
             let took = remedy.and_then(|remedy| remedy.total_time);
@@ -74,8 +74,24 @@ fn done_about_it(input: &Input<'_>, action: Action, remedy: Option<&RemedyAnswer
             let reason: String = by.spec.reason.chars().map(|c| if c.is_control() { ' ' } else { c }).take(200).collect();
             format!("The MigrationOverride {} lets it through ({}). ", name_of(by.metadata.name.as_ref()), reason.trim())
         }
+        _ if input.stage == Stage::Admitted => why_undecided(input, present),
         _ => String::new(),
     }
+}
+
+/// Why what was held to be tried out goes on, or does not, without a result.
+fn why_undecided(input: &Input<'_>, present: &MigrationForecastSpec) -> String {
+    let run = input.forecast.and_then(|forecast| forecast.status.as_ref()?.dry_run.as_ref());
+    match run.filter(|run| run.result.is_none() && run.is_over(&present.fingerprint(), input.now)) {
+        Some(run) => format!("The dry run that it waited for came to nothing: {} ", in_a_sentence(&run.message)),
+        None if input.room == Room::OutOfTime => "It has waited for its dry run as long as it may. ".to_owned(),
+        None => String::new(),
+    }
+}
+
+/// Ends as a sentence does.
+fn in_a_sentence(words: &str) -> String {
+    format!("{}.", words.trim().trim_end_matches('.'))
 }
 
 /// What a remedy changes of KubeVirt's configuration.

@@ -246,11 +246,7 @@ fn unknown(input: &Input<'_>, reason: &'static str, message: &str) -> Decision {
     Decision { action: Action::Allow, verdict: Verdict::Unknown, reason, message, remedy: None }
 }
 
-fn act<'a>(
-    input: &Input<'a>,
-    present: &'a MigrationForecastSpec,
-    forecast: &Forecast,
-) -> (Action, Option<&'a RemedyAnswer>) {
+fn act<'a>(input: &Input<'a>, present: &'a MigrationForecastSpec, forecast: &Forecast) -> (Action, Option<&'a RemedyAnswer>) {
     let Some(policy) = input.policy.map(|policy| &policy.spec) else { return (Action::Allow, None) };
     if policy.mode == Mode::Audit || matches!(forecast.verdict, Verdict::Converges | Verdict::Unknown) {
         return (Action::Allow, None);
@@ -270,6 +266,10 @@ fn act<'a>(
         (Some(remedy), Room::Free) => return (Action::Hold, remedy),
         // It was told that it would be held: that there is no room is not its fault.
         (Some(_), Room::Full | Room::NoManager) if input.stage == Stage::Admitted => return (Action::AllowWithWarning, None),
+        // Nor that nobody came to try it out.
+        (Some(None), Room::OutOfTime) if input.stage == Stage::Admitted && !has_begun(input) => {
+            return (Action::AllowWithWarning, None);
+        }
         _ => {}
     }
     match forecast.verdict {
@@ -284,6 +284,14 @@ fn act<'a>(
 fn was_cut_short(input: &Input<'_>, present: &MigrationForecastSpec) -> bool {
     let tried = input.forecast.and_then(|forecast| forecast.status.as_ref()?.dry_run.as_ref());
     tried.is_some_and(|tried| tried.phase == DryRunPhase::Cancelled && tried.is_over(&present.fingerprint(), input.now))
+}
+
+/// An agent has begun the dry run that is asked for.
+fn has_begun(input: &Input<'_>) -> bool {
+    let Some(forecast) = input.forecast else { return false };
+    let run = forecast.status.as_ref().and_then(|status| status.dry_run.as_ref());
+    let asked = forecast.spec.dry_run.as_ref();
+    run.zip(asked).is_some_and(|(run, asked)| run.id == asked.id && run.started_at.is_some())
 }
 
 /// The first of the remedies that the policy allows of which the agent says that it would converge with it: what is asked about in the

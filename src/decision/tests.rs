@@ -191,18 +191,27 @@ fn the_documents_table() {
 
 #[test]
 fn what_was_let_through_is_not_denied_for_the_want_of_room() {
-    let (object, present) = (object(spec(), &model(Verdict::Fails, 0.05), MINUTE), spec());
+    let (mut object, present) = (object(spec(), &model(Verdict::Fails, 0.05), MINUTE), spec());
     let mut policy = policy(Mode::Enforce);
     policy.spec.dry_run = Some(DryRunPolicy { mode: DryRunMode::OnDemand, ..DryRunPolicy::default() });
-    let input = Input { policy: Some(&policy), stage: Stage::Admitted, ..input(&object, &present, Mode::Enforce) };
-    for (room, expected) in [
-        (Room::Free, Action::Hold),
-        (Room::Full, Action::AllowWithWarning),
-        (Room::NoManager, Action::AllowWithWarning),
-        // The policy's deadline is over, and it still would fail.
-        (Room::OutOfTime, Action::Deny),
-    ] {
-        assert_eq!(decide(&Input { room, ..input.clone() }).action, expected, "{room:?}");
+    let asked: DryRun = serde_json::from_value(json!({ "id": "doubt-1" })).unwrap();
+    object.spec.dry_run = Some(asked.clone());
+    let running = DryRunStatus {
+        started_at: Some(Time(now())),
+        ..DryRunStatus::new(&asked.id, present.fingerprint(), DryRunPhase::Running, "")
+    };
+    // The policy's deadline is over: what was tried and still would fail is denied, what nobody began to try is not.
+    for (run, out_of_time) in [(None, Action::AllowWithWarning), (Some(running), Action::Deny)] {
+        object.status.as_mut().unwrap().dry_run = run;
+        let input = Input { policy: Some(&policy), stage: Stage::Admitted, ..input(&object, &present, Mode::Enforce) };
+        for (room, expected) in [
+            (Room::Free, Action::Hold),
+            (Room::Full, Action::AllowWithWarning),
+            (Room::NoManager, Action::AllowWithWarning),
+            (Room::OutOfTime, out_of_time),
+        ] {
+            assert_eq!(decide(&Input { room, ..input.clone() }).action, expected, "{room:?}");
+        }
     }
 }
 

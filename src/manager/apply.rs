@@ -6,13 +6,14 @@ use std::{fmt, time::Duration};
 use k8s_openapi::{
     NamespaceResourceScope,
     api::core::v1::{ObjectReference, Pod},
+    jiff::Timestamp,
 };
 use kube::{
     Api, Client, Resource, ResourceExt,
     api::{ApiResource, DeleteParams, DynamicObject, Patch, PatchParams, Preconditions},
     runtime::events::{Event, EventType, Recorder, Reporter},
 };
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::time::timeout;
 use tracing::warn;
 
@@ -135,14 +136,21 @@ impl Writer {
         gone_is_done(self.write("take the gate off", "pod", pod, api.patch(&name, &parameters, &Patch::Strategic(patch))).await)
     }
 
-    /// Deletes a migration, if it still is the one that was seen.
+    /// Deletes a migration, if it still is as it was seen: one that has been handed to the nodes meanwhile goes its way.
     pub(super) async fn abandon(&self, migration: &VirtualMachineInstanceMigration) -> Result<(), WriteError> {
         // Our type knows a part of it: a deletion is answered with the whole, or with a status.
         let resource = ApiResource::erase::<VirtualMachineInstanceMigration>(&());
         let namespace = migration.metadata.namespace.as_deref().unwrap_or_default();
         let api: Api<DynamicObject> = Api::namespaced_with(self.client.clone(), namespace, &resource);
-        let (name, parameters) = (migration.name_any(), only_this(migration.uid()));
-        gone_is_done(self.write("delete", "migration", migration, api.delete(&name, &parameters)).await)
+        let resource_version = migration.resource_version();
+        let preconditions = Some(Preconditions { uid: migration.uid(), resource_version });
+        let (name, parameters) = (migration.name_any(), DeleteParams { preconditions, ..DeleteParams::default() });
+        match self.write("delete", "migration", migration, api.delete(&name, &parameters)).await {
+            Err(WriteError::Refused { source, .. }) if matches!(&*source, kube::Error::Api(status) if status.is_not_found()) => {
+                Ok(())
+            }
+            result => result.map(drop),
+        }
     }
 
     /// Applies a remedy to one migration: first our MigrationPolicy, whose selector nothing matches yet, then the label that it selects by.
@@ -161,7 +169,8 @@ impl Writer {
         };
         let winner = winner.and_then(|winner| serde_json::to_value(winner).ok());
         let (uid, name) = (migration.uid().unwrap_or_default(), vmi.name_any());
-        let policy = force::policy(winner.as_ref(), migration.metadata.namespace.as_deref().unwrap_or_default(), &name, &uid, remedy);
+        let policy =
+            force::policy(winner.as_ref(), migration.metadata.namespace.as_deref().unwrap_or_default(), &name, &uid, remedy);
         let parameters = PatchParams::apply(names::MANAGER).force();
         let applied = api.patch(&force::name(&uid), &parameters, &Patch::Apply(&policy));
         self.write("apply the MigrationPolicy that forces", "migrationpolicy", migration, applied).await?;
@@ -170,12 +179,30 @@ impl Writer {
 
     /// Puts the label on a VM by which our MigrationPolicy selects it, or takes it off.
     pub(super) async fn label(&self, vmi: &VirtualMachineInstance, migration_uid: Option<&str>) -> Result<(), WriteError> {
+        gone_is_done(self.touch("label", vmi, json!({ "labels": { names::FORCE_LABEL: migration_uid } })).await)
+    }
+
+    /// Touches a VM that KubeVirt waits to move, so that it tries again now.
+    pub(super) async fn nudge(&self, vmi: &VirtualMachineInstance) -> Result<(), WriteError> {
+        let metadata = json!({ "annotations": { names::NUDGE: Timestamp::now().to_string() } });
+        gone_is_done(self.touch("nudge", vmi, metadata).await)
+    }
+
+    /// Merges this into a VM's metadata, if it still is the VM that was seen.
+    async fn touch(
+        &self,
+        what: &'static str,
+        vmi: &VirtualMachineInstance,
+        mut metadata: Value,
+    ) -> Result<DynamicObject, WriteError> {
         let resource = ApiResource::erase::<VirtualMachineInstance>(&());
         let namespace = vmi.metadata.namespace.as_deref().unwrap_or_default();
         let api: Api<DynamicObject> = Api::namespaced_with(self.client.clone(), namespace, &resource);
-        let patch = json!({ "metadata": { "uid": vmi.metadata.uid, "labels": { names::FORCE_LABEL: migration_uid } } });
-        let (name, parameters) = (vmi.name_any(), PatchParams { field_manager: Some(names::MANAGER.to_owned()), ..PatchParams::default() });
-        gone_is_done(self.write("label", "vmi", vmi, api.patch(&name, &parameters, &Patch::Merge(patch))).await)
+        metadata["uid"] = json!(vmi.metadata.uid);
+        let patch = Patch::Merge(json!({ "metadata": metadata }));
+        let (name, parameters) =
+            (vmi.name_any(), PatchParams { field_manager: Some(names::MANAGER.to_owned()), ..PatchParams::default() });
+        self.write(what, "vmi", vmi, api.patch(&name, &parameters, &patch)).await
     }
 
     /// Deletes a MigrationPolicy of ours.

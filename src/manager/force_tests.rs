@@ -40,7 +40,8 @@ fn ours_outscores_a_persons() {
             [person.clone(), ours].into_iter().map(|object| Arc::new(from_value(object).unwrap())).collect();
         assert!(is_in_force(policies.clone(), &namespace, &vmi, "uid-m"), "{selectors}");
         // Without the label, and in another namespace, it is nobody's.
-        let bare: BTreeMap<_, _> = vmi.iter().filter(|(key, _)| *key != FORCE_LABEL).map(|(k, v)| (k.clone(), v.clone())).collect();
+        let bare: BTreeMap<_, _> =
+            vmi.iter().filter(|(key, _)| *key != FORCE_LABEL).map(|(k, v)| (k.clone(), v.clone())).collect();
         assert!(!is_in_force(policies.clone(), &namespace, &bare, "uid-m"), "{selectors}");
         assert!(!is_in_force(policies, &labels(&[(NAMESPACE_NAME, "other")]), &vmi, "uid-m"), "{selectors}");
     }
@@ -56,9 +57,15 @@ fn it_takes_over_what_it_does_not_change() {
         }
     });
     let cases = [
-        (RemedyAnswer { completion_timeout_per_gib: Some(120), ..remedy(RemedyType::TimeBudget) }, json!({ "completionTimeoutPerGiB": 120 })),
+        (
+            RemedyAnswer { completion_timeout_per_gib: Some(120), ..remedy(RemedyType::TimeBudget) },
+            json!({ "completionTimeoutPerGiB": 120 }),
+        ),
         (remedy(RemedyType::AutoConverge), json!({ "allowAutoConverge": true })),
-        (RemedyAnswer { bandwidth: Some(Quantity("200Mi".into())), ..remedy(RemedyType::Bandwidth) }, json!({ "bandwidthPerMigration": "200Mi" })),
+        (
+            RemedyAnswer { bandwidth: Some(Quantity("200Mi".into())), ..remedy(RemedyType::Bandwidth) },
+            json!({ "bandwidthPerMigration": "200Mi" }),
+        ),
         (
             RemedyAnswer { max_downtime: Some("750ms".parse().unwrap()), ..remedy(RemedyType::Downtime) },
             json!({ "maxDowntimeMs": 750 }),
@@ -87,7 +94,8 @@ fn it_takes_over_what_it_does_not_change() {
 #[test]
 fn it_has_served_once_kubevirt_has_taken_a_policy() {
     let migration = |phase: &str| -> VirtualMachineInstanceMigration {
-        from_value(json!({ "metadata": { "uid": "uid-m" }, "spec": { "vmiName": "wild" }, "status": { "phase": phase } })).unwrap()
+        from_value(json!({ "metadata": { "uid": "uid-m" }, "spec": { "vmiName": "wild" }, "status": { "phase": phase } }))
+            .unwrap()
     };
     let vmi = |uid: &str, policy: &str| -> VirtualMachineInstance {
         from_value(json!({ "status": { "migrationState": { "migrationUid": uid, "migrationPolicyName": policy } } })).unwrap()

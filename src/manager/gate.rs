@@ -13,6 +13,7 @@ use super::{
     Manager, WriteError,
     force::{self, Served},
     hold::{self, HOLDING, LETTING_GO, Step},
+    knowledge::Candidate,
     observe::Notice,
     watch::Key,
 };
@@ -22,7 +23,7 @@ use crate::{
         kubevirt::{VirtualMachineInstance, VirtualMachineInstanceMigration},
         names::{FORCE_LABEL, FORCE_PREFIX},
     },
-    decision::Decision,
+    decision::{Action, Decision, Origin, Stage},
 };
 
 /// At the end of the process this long is spent on taking gates off; then the next leader does.
@@ -59,7 +60,8 @@ impl Manager {
         migrations.iter().filter(|migration| migration.is_under_way()).map(case).collect()
     }
 
-    /// Does what is to be done. Returns when to look again, where something is left to be done.
+    /// Does what is to be done about each, also where it failed with another one. Returns when to look again, where something is left to be
+    /// done.
     pub(super) async fn carry_out(
         &self,
         key: &Key,
@@ -67,53 +69,70 @@ impl Manager {
         stored: Option<&MigrationForecast>,
         cases: &[Case],
     ) -> Result<Option<Duration>, WriteError> {
-        let mut again = None;
         if cases.iter().all(|case| case.step != Step::LetGo) {
             self.remember(key, |memory| memory.letting_go = None);
         }
-        for Case { migration, pod, decision, step } in cases {
-            let name = migration.name_any();
-            match (step, pod.as_ref().filter(|pod| hold::is_gated(pod))) {
-                (Step::Hold, Some(_)) => {
-                    self.tell_once(key, migration, "MigrationHeld", false, &decision.message).await;
-                    again = Some(HOLDING);
-                }
-                (Step::Force, Some(_)) => {
-                    if let (Some(vmi), Some(remedy)) = (vmi, &decision.remedy) {
-                        let theirs = self.knowledge.migration_policy(vmi).map(|policy| policy.name_any());
-                        self.writer.force(vmi, migration, theirs.as_deref(), remedy).await?;
-                        info!(namespace = key.namespace, vm = key.name, migration = name, remedy = ?remedy.kind, "forced");
-                        self.tell_once(key, migration, "MigrationForced", false, &decision.message).await;
-                    }
-                    // The rest when the watches show it.
-                    again = Some(Duration::from_secs(1));
-                }
-                (Step::LetGo, Some(pod)) => {
-                    // QEMU has one migration at a time.
-                    let since = self.remember(key, |memory| *memory.letting_go.get_or_insert_with(Instant::now));
-                    if hold::is_dry_running(stored) && since.elapsed() < LETTING_GO {
-                        again = Some(Duration::from_secs(1));
-                        continue;
-                    }
-                    self.writer.let_go(pod).await?;
-                    info!(namespace = key.namespace, vm = key.name, migration = name, "let go");
-                    self.tell_once(key, migration, "MigrationReleased", false, &decision.message).await;
-                }
-                (Step::Abandon, _) => {
-                    self.writer.abandon(migration).await?;
-                    info!(namespace = key.namespace, vm = key.name, migration = name, reason = decision.reason, "abandoned");
-                    let note = format!("Migration {name} is abandoned before anything was sent. {}", decision.message);
-                    if self.tell_once(key, migration, "MigrationAbandoned", true, &note).await
-                        && let Some(vmi) = vmi
-                    {
-                        let notice = Notice { reason: "MigrationAbandoned", warning: true, note };
-                        self.writer.notify(&vmi.object_ref(&()), notice).await;
-                    }
-                }
-                (Step::Hold | Step::Force | Step::LetGo | Step::Leave, _) => {}
-            }
+        let mut ended = Ok(None);
+        for case in cases {
+            ended = match (self.carry_out_one(key, vmi, stored, case).await, ended) {
+                (Ok(again), Ok(before)) => Ok([again, before].into_iter().flatten().min()),
+                (Err(error), Ok(_)) | (_, Err(error)) => Err(error),
+            };
         }
-        Ok(again)
+        ended
+    }
+
+    async fn carry_out_one(
+        &self,
+        key: &Key,
+        vmi: Option<&VirtualMachineInstance>,
+        stored: Option<&MigrationForecast>,
+        Case { migration, pod, decision, step }: &Case,
+    ) -> Result<Option<Duration>, WriteError> {
+        let name = migration.name_any();
+        // What came before has taken its time: somebody else may lead by now.
+        if !(self.is_leader)() {
+            return Ok(None);
+        }
+        match (step, pod.as_ref().filter(|pod| hold::is_gated(pod))) {
+            (Step::Hold, Some(_)) => {
+                self.tell_once(key, migration, "MigrationHeld", false, &decision.message).await;
+                return Ok(Some(HOLDING));
+            }
+            (Step::Force, Some(_)) => {
+                if let (Some(vmi), Some(remedy)) = (vmi, &decision.remedy) {
+                    let theirs = self.knowledge.migration_policy(vmi).map(|policy| policy.name_any());
+                    self.writer.force(vmi, migration, theirs.as_deref(), remedy).await?;
+                    info!(namespace = key.namespace, vm = key.name, migration = name, remedy = ?remedy.kind, "forced");
+                    self.tell_once(key, migration, "MigrationForced", false, &decision.message).await;
+                }
+                // The rest when the watches show it.
+                return Ok(Some(Duration::from_secs(1)));
+            }
+            (Step::LetGo, Some(pod)) => {
+                // QEMU has one migration at a time.
+                let since = self.remember(key, |memory| *memory.letting_go.get_or_insert_with(Instant::now));
+                if hold::is_dry_running(stored) && since.elapsed() < LETTING_GO {
+                    return Ok(Some(Duration::from_secs(1)));
+                }
+                self.writer.let_go(pod).await?;
+                info!(namespace = key.namespace, vm = key.name, migration = name, "let go");
+                self.tell_once(key, migration, "MigrationReleased", false, &decision.message).await;
+            }
+            (Step::Abandon, _) => {
+                self.writer.abandon(migration).await?;
+                info!(namespace = key.namespace, vm = key.name, migration = name, reason = decision.reason, "abandoned");
+                let note = format!("Migration {name} is abandoned before anything was sent. {}", decision.message);
+                if self.tell_once(key, migration, "MigrationAbandoned", true, &note).await
+                    && let Some(vmi) = vmi
+                {
+                    let notice = Notice { reason: "MigrationAbandoned", warning: true, note };
+                    self.writer.notify(&vmi.object_ref(&()), notice).await;
+                }
+            }
+            (Step::Hold | Step::Force | Step::LetGo | Step::Leave, _) => {}
+        }
+        Ok(None)
     }
 
     /// Clears up after forced migrations: our MigrationPolicies of this VM that have served, and the label that they select by.
@@ -135,7 +154,8 @@ impl Manager {
                 }
                 Served::Missed(other) => {
                     let other = if other.is_empty() { "none at all".to_owned() } else { other };
-                    let note = format!("KubeVirt runs it under another MigrationPolicy than {name}, which was to force it: {other}.");
+                    let note =
+                        format!("KubeVirt runs it under another MigrationPolicy than {name}, which was to force it: {other}.");
                     if let Some(migration) = migration {
                         self.tell_once(key, migration, "MigrationForceFailed", true, &note).await;
                     }
@@ -151,6 +171,29 @@ impl Manager {
             && !migrations.iter().any(|migration| migration.is_under_way() && migration.metadata.uid.as_ref() == Some(label))
         {
             self.writer.label(vmi, None).await?;
+        }
+        Ok(())
+    }
+
+    /// KubeVirt is told once that it may move a VM which it was not allowed to: by itself it tries again only after a quarter of an hour.
+    pub(super) async fn nudge(
+        &self,
+        key: &Key,
+        vmi: &VirtualMachineInstance,
+        migrations: &[Arc<VirtualMachineInstanceMigration>],
+    ) -> Result<(), WriteError> {
+        let waits = !vmi.status.evacuation_node_name.is_empty() && !migrations.iter().any(|migration| migration.is_under_way());
+        if !waits {
+            self.remember(key, |memory| memory.blocked = None);
+            return Ok(());
+        }
+        let evacuation =
+            Candidate { origin: Origin::Evacuation, stage: Stage::Request, ..Candidate::nobodys(&key.namespace, &key.name) };
+        let blocked = self.knowledge.judge(evacuation, Timestamp::now()).decision.action == Action::Deny;
+        let before = self.remember(key, |memory| memory.blocked.replace(blocked));
+        if before == Some(true) && !blocked {
+            info!(namespace = key.namespace, vm = key.name, "no longer blocked: KubeVirt is told to try again");
+            self.writer.nudge(vmi).await?;
         }
         Ok(())
     }

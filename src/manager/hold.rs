@@ -24,6 +24,9 @@ use crate::{
 pub const LETTING_GO: Duration = Duration::from_secs(10);
 /// An evacuation or a workload update that the policy does not have held gets this long for a remedy to be applied.
 pub const DRAINS: Duration = Duration::from_secs(10);
+/// A dry run that is asked for begins within seconds, after another one of its node within some more. One that does not is not waited for:
+/// its agent is dead or old, or QEMU is busy with a device.
+pub const BEGINNING: Duration = Duration::from_secs(90);
 /// A migration that is held is looked at this often, for its deadline.
 pub const HOLDING: Duration = Duration::from_secs(5);
 
@@ -80,7 +83,13 @@ pub fn step(migration: &VirtualMachineInstanceMigration, pod: Option<&Pod>, deci
     match decision.action {
         // KubeVirt takes its pod away; letting it go would only have it scheduled before.
         _ if ends || !migration.is_under_way() => Step::Leave,
-        Action::Hold if gated && decision.remedy.is_some() => if forced { Step::LetGo } else { Step::Force },
+        Action::Hold if gated && decision.remedy.is_some() => {
+            if forced {
+                Step::LetGo
+            } else {
+                Step::Force
+            }
+        }
         // Only what the pod webhook has held: KubeVirt waits for it then, whereas a migration that is deleted before it has a pod is made
         // anew at once and for ever where a drain wants it, and admission is not heard.
         Action::Hold if gated => Step::Hold,
@@ -109,10 +118,19 @@ pub fn is_dry_running(stored: Option<&MigrationForecast>) -> bool {
     }
 }
 
-/// The pod of this migration.
+/// A dry run of the VM is asked for, and no agent has begun it.
+pub fn waits_to_begin(stored: &MigrationForecast) -> bool {
+    let Some(asked) = &stored.spec.dry_run else { return false };
+    let status = stored.status.as_ref().and_then(|status| status.dry_run.as_ref()).filter(|status| status.id == asked.id);
+    status.is_none_or(|status| status.started_at.is_none() && !status.phase.is_final())
+}
+
+/// The pod of this migration; of several that say they are, one that is held, for it must be let go.
 pub fn pod_of<'a, P: AsRef<Pod>>(pods: &'a [P], migration: &VirtualMachineInstanceMigration) -> Option<&'a Pod> {
     let uid = migration.uid()?;
-    pods.iter().map(AsRef::as_ref).find(|pod| migration_of(pod) == Some(uid.as_str()))
+    let mut all = pods.iter().map(AsRef::as_ref).filter(|pod| migration_of(pod) == Some(uid.as_str()));
+    let first = all.next()?;
+    Some(if is_gated(first) { first } else { all.find(|pod| is_gated(pod)).unwrap_or(first) })
 }
 
 #[cfg(test)]

@@ -3,7 +3,10 @@
 //! In: reflector stores, filled by [`super::watch`]. Out: the policy and the question of a VM, and decisions. No I/O: admission is
 //! answered from here. Every replica has one; only the leader writes.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, HashSet},
+    sync::Arc,
+};
 
 use k8s_openapi::{
     api::core::v1::{Namespace, Pod},
@@ -294,7 +297,7 @@ impl Knowledge {
             policy: policy.as_deref(),
             origin,
             overridden: overridden.as_deref(),
-            room: self.room(policy.as_deref(), origin, pod, now),
+            room: self.room(policy.as_deref(), origin, forecast.as_deref(), pod, now),
             stage,
         });
         Judgement { decision, forecast }
@@ -302,12 +305,22 @@ impl Knowledge {
 
     /// Is there room to hold one more migration, or to go on holding this one? The watch lags behind the gates that replicas put on at the
     /// same time: a few more than the policy says may be held for a moment.
-    fn room(&self, policy: Option<&PredictionPolicy>, origin: Origin, pod: Option<&Pod>, now: Timestamp) -> Room {
+    fn room(
+        &self,
+        policy: Option<&PredictionPolicy>,
+        origin: Origin,
+        forecast: Option<&MigrationForecast>,
+        pod: Option<&Pod>,
+        now: Timestamp,
+    ) -> Room {
         let limits = policy.and_then(|policy| policy.spec.hold).unwrap_or_default();
         match pod {
             Some(pod) if hold::is_gated(pod) => {
                 let lenient = policy.is_some_and(|policy| policy.spec.evacuations == Evacuations::Warn) && origin.is_kubevirts();
-                let deadline = if lenient { limits.deadline.0.min(hold::DRAINS) } else { limits.deadline.0 };
+                let mut deadline = if lenient { limits.deadline.0.min(hold::DRAINS) } else { limits.deadline.0 };
+                if forecast.is_some_and(hold::waits_to_begin) {
+                    deadline = deadline.min(hold::BEGINNING);
+                }
                 return if hold::held_for(pod, now) < deadline { Room::Free } else { Room::OutOfTime };
             }
             // It goes its way: a gate is put on at a pod's creation or never.
@@ -317,8 +330,22 @@ impl Knowledge {
         if !self.is_managed() {
             return Room::NoManager;
         }
-        let held = self.pods.state_filter(hold::is_gated).len();
-        if u64::try_from(held).is_ok_and(|held| held < limits.at_once) { Room::Free } else { Room::Full }
+        if u64::try_from(self.held()).is_ok_and(|held| held < limits.at_once) { Room::Free } else { Room::Full }
+    }
+
+    /// How many migrations are held. A pod that merely says it is one of theirs takes nobody's place: whoever may make pods could make many.
+    fn held(&self) -> usize {
+        let gated = self.pods.state_filter(hold::is_gated);
+        let gated: HashSet<_> =
+            gated.iter().filter_map(|pod| Some((pod.metadata.namespace.as_deref()?, hold::migration_of(pod)?))).collect();
+        if gated.is_empty() {
+            return 0;
+        }
+        let is_held = |migration: &VirtualMachineInstanceMigration| {
+            let (namespace, uid) = (migration.metadata.namespace.as_deref(), migration.metadata.uid.as_deref());
+            migration.is_under_way() && namespace.zip(uid).is_some_and(|key| gated.contains(&key))
+        };
+        self.migrations.state_filter(is_held).len()
     }
 
     /// The labels of a VM's namespace.

@@ -16,6 +16,7 @@
 //! | [`observe`] | pure: from what is known to what should be written |
 //! | `gate` | carries out what is to become of held and forced migrations |
 //! | `apply` | writes |
+//! | `memory` | what the leader remembers, so that nothing is told twice |
 //! | [`plan`] | makes plans of many migrations, and carries them out |
 //! | `queue` | which VM is looked at next |
 
@@ -25,6 +26,7 @@ pub mod force;
 mod gate;
 pub mod hold;
 pub mod knowledge;
+mod memory;
 pub mod metrics;
 pub mod observe;
 pub mod plan;
@@ -33,7 +35,7 @@ mod queue;
 pub mod watch;
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashMap,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -59,6 +61,7 @@ use self::{
     gate::Case,
     hold::Step,
     knowledge::Candidate,
+    memory::Memory,
     question::Desired,
     queue::Queue,
     watch::{Change, Key},
@@ -130,6 +133,7 @@ async fn work(manager: &Arc<Manager>, options: &Options, mut changes: mpsc::Unbo
     info!(vms = manager.knowledge.vmis.len(), "everything has been seen once");
     let mut queue = Queue::default();
     let mut tasks = JoinSet::new();
+    let mut whose = HashMap::new();
     let mut leading = false;
     let mut check = interval(Duration::from_millis(500));
     let mut resync = interval(options.resync);
@@ -138,10 +142,9 @@ async fn work(manager: &Arc<Manager>, options: &Options, mut changes: mpsc::Unbo
         while leading && tasks.len() < options.concurrency.max(1) {
             let Some(key) = queue.take(now) else { break };
             let manager = Arc::clone(manager);
-            tasks.spawn(async move {
-                let result = manager.reconcile(&key).await;
-                (key, result)
-            });
+            let looked_at = key.clone();
+            let task = tasks.spawn(async move { manager.reconcile(&looked_at).await });
+            whose.insert(task.id(), key);
         }
         let room = tasks.len() < options.concurrency.max(1);
         let due = queue.next().filter(|_| leading && room);
@@ -152,14 +155,21 @@ async fn work(manager: &Arc<Manager>, options: &Options, mut changes: mpsc::Unbo
                 Some(Change::One(key)) => queue.add(key, now),
                 Some(Change::All) => manager.add_all(&mut queue, now),
             },
-            Some(ended) = tasks.join_next(), if !tasks.is_empty() => match ended {
-                Ok((key, Ok(again))) => queue.done(key, true, again, Instant::now()),
-                Ok((key, Err(error))) => {
-                    warn!(namespace = key.namespace, vm = key.name, %error, "it is tried again after a pause");
-                    queue.done(key, false, None, Instant::now());
-                }
-                // A panic: the process's own defect. The key stays busy, the others go on; the resync cannot mend it, a restart does.
-                Err(error) => warn!(%error, "looking at a VM ended abruptly"),
+            Some(ended) = tasks.join_next_with_id(), if !tasks.is_empty() => {
+                let id = ended.as_ref().map_or_else(tokio::task::JoinError::id, |(id, _)| *id);
+                let Some(key) = whose.remove(&id) else { continue };
+                let (worked, again) = match ended {
+                    Ok((_, Ok(again))) => (true, again),
+                    Ok((_, Err(error))) => {
+                        warn!(namespace = key.namespace, vm = key.name, %error, "it is tried again after a pause");
+                        (false, None)
+                    }
+                    Err(error) => {
+                        warn!(namespace = key.namespace, vm = key.name, %error, "a defect of migvisor, please report it; trying again");
+                        (false, None)
+                    }
+                };
+                queue.done(key, worked, again, Instant::now());
             },
             () = sleep_until(due) => {}
             _ = resync.tick() => if leading { manager.add_all(&mut queue, now) },
@@ -184,26 +194,6 @@ async fn sleep_until(at: Option<Instant>) {
     match at {
         Some(at) => tokio::time::sleep_until(at).await,
         None => std::future::pending().await,
-    }
-}
-
-/// What the leader remembers of a VM, so that nothing is told twice while the watches lag behind the writes.
-#[derive(Debug, Clone, Default)]
-struct Memory {
-    told: Option<Verdict>,
-    recorded: Option<String>,
-    warned: HashSet<String>,
-    /// Events about migrations, by UID and reason.
-    told_of: HashSet<(String, &'static str)>,
-    letting_go: Option<Instant>,
-}
-
-impl Memory {
-    /// What KubeVirt has forgotten is told of no more.
-    fn forget_all_but(&mut self, migrations: &[Arc<VirtualMachineInstanceMigration>]) {
-        let known = |uid: &String| migrations.iter().any(|migration| migration.metadata.uid.as_ref() == Some(uid));
-        self.warned.retain(known);
-        self.told_of.retain(|(uid, _)| known(uid));
     }
 }
 
@@ -266,6 +256,7 @@ impl Manager {
         let held = self.carry_out(key, Some(&vmi), stored.as_deref(), &cases).await?;
         self.let_orphans_go(&pods, &migrations).await?;
         self.unforce(key, Some(&vmi), &migrations).await?;
+        self.nudge(key, &vmi, &migrations).await?;
         let (stored, again) = match (stored, asked?) {
             (Some(stored), Asked::Stands { again }) => (stored, again),
             (_, Asked::Later(left)) => return Ok(Some(left)),

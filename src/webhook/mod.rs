@@ -161,7 +161,9 @@ fn gate(admission: &Admission, request: &Request<Pod>) -> Answer {
     let Some(migration) = hold::migration_of(pod).and_then(|uid| admission.knowledge.migration(uid)) else {
         return Answer::allow();
     };
-    if !migration.is_under_way() || migration.metadata.namespace.as_deref() != Some(request.namespace()) || hold::is_gated(pod) {
+    let is_its_own = migration.metadata.namespace.as_deref() == Some(request.namespace())
+        && hold::vmi_of(pod) == Some(migration.spec.vmi_name.as_str());
+    if !migration.is_under_way() || !is_its_own || hold::is_gated(pod) {
         return Answer::allow();
     }
     let candidate = admission.knowledge.candidate(&migration, None);
