@@ -1,4 +1,4 @@
-//! How long admission takes: the real routes over real TLS, 2 000 VMs in memory, 200 requests a second for 10 s.
+//! How long admission takes: the real routes over real TLS, 10 000 VMs in memory, 500 requests a second for 10 s.
 //!
 //! An open loop: a request is due at its time whether or not those before it were answered, and its latency counts from then on, so that
 //! a stall is seen by everybody who came meanwhile. It has no place in a closed loop such as criterion's. Prints the quantiles and fails
@@ -24,8 +24,8 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use tokio::time::{Instant, sleep_until};
 
-const VMS: u32 = 2_000;
-const PER_SECOND: u32 = 200;
+const VMS: u32 = 10_000;
+const PER_SECOND: u32 = 500;
 const SECONDS: u32 = 10;
 /// The API server keeps few connections; each gets every so manieth request.
 const CONNECTIONS: usize = 8;
@@ -42,7 +42,7 @@ fn fill<K: Resource<DynamicType = ()> + Clone + DeserializeOwned + 'static>(
     writer.apply_watcher_event(&Event::InitDone);
 }
 
-/// Two thousand VMs, half of which would fail, under a policy that enforces; each has been migrated twice before.
+/// Ten thousand VMs, half of which would fail, under a policy that enforces; each has been migrated twice before.
 fn knowledge() -> Knowledge {
     let (knowledge, mut feeds) = Knowledge::new();
     let vmi = |i: u32| {
