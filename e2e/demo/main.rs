@@ -6,9 +6,13 @@ mod tell;
 use std::{process::ExitCode, time::Duration};
 
 use anyhow::{Context, Result, bail, ensure};
-use migvisor::model::{
-    forecast::{Forecast, HostConstants},
-    units::{Bandwidth, BytesPerSecond},
+use k8s_openapi::jiff::Timestamp;
+use migvisor::{
+    api::MigrationForecast,
+    model::{
+        forecast::{Forecast, HostConstants, Verdict},
+        units::{Bandwidth, BytesPerSecond},
+    },
 };
 use migvisor_e2e::{
     cluster::product,
@@ -19,7 +23,7 @@ use migvisor_e2e::{
         host,
         libvirt::Mode,
     },
-    world::World,
+    world::{NODE, World},
 };
 use serde_json::json;
 use tell::{chapter, command, say};
@@ -70,17 +74,29 @@ async fn demo() -> Result<()> {
         "spec": { "selectors": {}, "mode": "Enforce" },
     });
     world.plane().accepts(&policy.to_string()).await?;
+    let strict = json!({
+        "apiVersion": "migvisor.io/v1alpha1",
+        "kind": "PredictionPolicy",
+        "metadata": { "name": "gold" },
+        "spec": {
+            "selectors": { "virtualMachineInstanceSelector": { "tier": "gold" } }, "mode": "Enforce",
+            "sla": { "downtime": "1ms" }, "dryRun": { "mode": "OnDemand" }
+        },
+    });
+    world.plane().accepts(&strict.to_string()).await?;
     say("A PredictionPolicy says: Enforce. Migrations that are forecast to fail are refused.");
+    say("Another one, for VMs of the tier gold: they may stop for 1 ms only, and what leaves a doubt is tried out first.");
 
-    chapter("Two virtual machines");
+    chapter("Three virtual machines");
     let cgroups = Cgroup::of_pod(NOBODYS_POD, Driver::Cgroupfs).is_ok();
-    for (name, guest) in [("calm", CALM), ("wild", WILD)] {
+    for (name, guest) in [("calm", CALM), ("gold", CALM), ("wild", WILD)] {
         let driver = cgroups.then_some(Driver::Cgroupfs);
         let launcher = world.boot_in_pod(NAMESPACE, name, guest, Mode::System, driver).await?;
         world.settle(NAMESPACE, name, launcher);
     }
+    command(&world, &["label", "vmi", "gold", "tier=gold"], "").await?.ok()?;
     say(
-        "Two real QEMU guests of 512 MiB run now. `calm` writes 16 MiB/s into 64 MiB; `wild` writes up to 234 MiB/s into 256 MiB.",
+        "Three real QEMU guests of 512 MiB run now. `calm` and `gold` write 16 MiB/s into 64 MiB; `wild` writes up to 234 MiB/s into 256 MiB.",
     );
     say("Each is a domain of a libvirt of its own, which lies in its pod's directory as KubeVirt and the kubelet put it.");
 
@@ -92,11 +108,14 @@ async fn demo() -> Result<()> {
     say(
         "`migvisor controller` asks one question per VM, `migvisor agent` looks at the guest's memory from outside for 13 s each.",
     );
-    for name in ["calm", "wild"] {
+    for name in ["calm", "gold", "wild"] {
         world.forecast(NAMESPACE, name, Duration::from_secs(60)).await?;
     }
     kubectl(&world, &["get", "migrationforecasts", "-o", "wide"]).await?;
     let (calm, wild) = tokio::try_join!(predict(&world, "calm", &host), predict(&world, "wild", &host))?;
+
+    chapter("What to move off the node");
+    plan(&world).await?;
 
     chapter("Migrating the calm one: admitted");
     apply(&world, "calm").await?;
@@ -113,6 +132,10 @@ async fn demo() -> Result<()> {
     ensure!(!refusal.success, "the wild guest's migration was admitted: {}", refusal.stdout);
     ensure!(refusal.stderr.contains("denied the request"), "it was refused by somebody else: {}", refusal.stderr);
 
+    chapter("Migrating the golden one: held, tried out, let go");
+    apply(&world, "gold").await?;
+    ended(&world, "gold").await?;
+
     chapter("Was MigVisor right?");
     say(&format!(
         "The refused migration is done now all the same, without Kubernetes, for the {SECONDS_PER_GB} s that KubeVirt would have given it."
@@ -128,6 +151,58 @@ async fn demo() -> Result<()> {
     let wild_truth = lab::migrate_domain(&source, &target, &domain, settings).await?;
     compare::print("calm", &calm, &calm_truth);
     compare::print("wild", &wild, &wild_truth);
+    world.settle(NAMESPACE, "wild", source);
+
+    chapter("Migrating the wild one all the same: forced");
+    forced(&world).await
+}
+
+/// Everybody on the node, as a plan for its drain sees them.
+async fn plan(world: &World) -> Result<()> {
+    let output = tokio::process::Command::new(product::binary()?)
+        .args(["plan", "--node", NODE, "--want", "everything"])
+        .env("KUBECONFIG", world.plane().kubeconfig())
+        .kill_on_drop(true)
+        .output()
+        .await?;
+    say("migvisor plan --node node-a --want everything");
+    println!("{}", String::from_utf8_lossy(&output.stdout));
+    ensure!(output.stderr.is_empty(), "migvisor plan: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(())
+}
+
+/// Waits for a migration's success, and shows what was told of it on its way.
+async fn ended(world: &World, name: &str) -> Result<()> {
+    let migration = format!("{name}-migration");
+    let phase = world.migrated(NAMESPACE, &migration, Duration::from_secs(60)).await?;
+    ensure!(phase == "Succeeded", "{migration} ended as {phase}");
+    let about = format!("involvedObject.name={migration}");
+    let columns = "custom-columns=REASON:.reason,MESSAGE:.message";
+    kubectl(world, &["get", "events", "--field-selector", &about, "--sort-by", ".metadata.creationTimestamp", "-o", columns])
+        .await?;
+    kubectl(world, &["get", "vmim"]).await
+}
+
+/// The policy allows a remedy; the same migration is admitted now, gets it, and succeeds.
+async fn forced(world: &World) -> Result<()> {
+    let remedies = json!({ "spec": { "remedies": [{ "type": "Bandwidth", "maxBandwidth": "1Gi", "aboveCap": true }] } });
+    say("The policy may say what is done about a migration that would fail. Here: more bandwidth, for this one migration alone.");
+    kubectl(world, &["patch", "predictionpolicy", "demo", "--type=merge", "-p", &remedies.to_string()]).await?;
+    let api: kube::Api<MigrationForecast> = kube::Api::namespaced(world.plane().client()?, NAMESPACE);
+    let helped = |object: &MigrationForecast| {
+        let answers = object.status.as_ref().and_then(|status| status.remedies_for(&object.spec, Timestamp::now()));
+        answers.is_some_and(|answers| answers.iter().any(|answer| answer.verdict == Verdict::Converges))
+    };
+    let probe = || async { Ok(api.get_opt("wild").await?.filter(&helped)) };
+    world.plane().wait(NAMESPACE, "an answer about remedies", Duration::from_secs(40), probe).await?;
+    apply(world, "wild").await?;
+    ended(world, "wild").await?;
+    let taken_back = || async {
+        let left = world.plane().kubectl(&["get", "migrationpolicies", "-o", "name"], "").await?.ok()?;
+        Ok(left.trim().is_empty().then_some(()))
+    };
+    world.plane().wait(NAMESPACE, "the remedy to be taken back", Duration::from_secs(20), taken_back).await?;
+    say("Its MigrationPolicy has been taken back: the remedy was for this migration alone.");
     Ok(())
 }
 
