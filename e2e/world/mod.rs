@@ -206,7 +206,11 @@ impl World {
     pub async fn start_agent_on(&mut self, name: &'static str, node: &str, health: &str, more: &[&str]) -> Result<()> {
         let checkpoint = self.plane.directory().join(format!("checkpoint-{node}"));
         let checkpoint = checkpoint.to_string_lossy();
-        let args = [&["agent", "--node", node, "--listen", health, "--checkpoint", &checkpoint], more].concat();
+        let mut args = vec!["agent", "--node", node, "--listen", health, "--checkpoint", &checkpoint];
+        if self.plane.is_whole() {
+            args.extend(["--lease-namespace", account::NAMESPACE]);
+        }
+        args.extend(more);
         let process = self.product(name, ("migvisor-agent", node), &args).await?;
         self.processes.insert(name, process);
         self.ready(name, health).await
