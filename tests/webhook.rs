@@ -438,6 +438,9 @@ async fn a_doubtful_migration_passes_and_its_target_pod_is_held() {
     for labels in [attachment, stranger, json!({ "kubevirt.io": "virt-launcher" })] {
         assert_eq!(gates(&app, &target_pod(&labels, &Value::Null)).await, Value::Null, "{labels}");
     }
+    let mut of_another_vm = target_pod(&labels(), &Value::Null);
+    of_another_vm["metadata"]["annotations"]["kubevirt.io/domain"] = json!("calm");
+    assert_eq!(gates(&app, &of_another_vm).await, Value::Null, "whoever may make pods can say so");
     // Nobody would take it off again.
     alive.store(false, Ordering::Relaxed);
     assert_eq!(gates(&app, &target_pod(&labels(), &Value::Null)).await, Value::Null);
@@ -458,16 +461,24 @@ async fn a_doubtful_migration_passes_and_its_target_pod_is_held() {
 #[tokio::test]
 async fn so_many_are_held_and_no_more() {
     let held = |i: u32| {
-        let mut pod = target_pod(&labels(), &json!([{ "name": "migvisor.io/dry-run" }]));
+        let uid = json!({ "kubevirt.io": "virt-launcher", "kubevirt.io/migrationJobUID": format!("uid-{i}") });
+        let mut pod = target_pod(&uid, &json!([{ "name": "migvisor.io/dry-run" }]));
         pod["metadata"]["name"] = json!(format!("held-{i}"));
         pod
     };
-    for (others, expected) in [(1, true), (2, false)] {
+    let known = |i: u32| {
+        let mut migration = created("Scheduling");
+        migration["metadata"]["name"] = json!(format!("held-{i}"));
+        migration["metadata"]["uid"] = json!(format!("uid-{i}"));
+        migration
+    };
+    // Pods of migrations that nobody knows take nobody's place.
+    for (pods, migrations, expected) in [(1, 1, true), (2, 2, false), (9, 1, true)] {
         let (app, ..) = cluster_with(Some("Enforce"), Some(doubtful()), |feeds| {
-            fill(&mut feeds.migrations, &[created("Pending")]);
-            fill(&mut feeds.pods, &(0..others).map(held).collect::<Vec<_>>());
+            fill(&mut feeds.migrations, &(0..migrations).map(known).chain([created("Pending")]).collect::<Vec<_>>());
+            fill(&mut feeds.pods, &(0..pods).map(held).collect::<Vec<_>>());
         });
-        assert_eq!(gates(&app, &target_pod(&labels(), &Value::Null)).await.is_array(), expected, "{others} are held");
+        assert_eq!(gates(&app, &target_pod(&labels(), &Value::Null)).await.is_array(), expected, "{pods} of {migrations}");
     }
 }
 

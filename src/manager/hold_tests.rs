@@ -100,8 +100,11 @@ fn only_target_pods_are_known_by_their_migration() {
         assert_eq!(migration_of(&pod(&[], &more)), None, "{more}");
     }
     let none: [Arc<Pod>; 0] = [];
-    assert!(pod_of(&[Arc::new(pod(&[], &json!({})))], &migration("", &json!({}))).is_some());
-    assert!(pod_of(&none, &migration("", &json!({}))).is_none());
+    let (held, forged) = (Arc::new(pod(&[GATE], &json!({}))), Arc::new(pod(&[], &json!({}))));
+    let migration = migration("", &json!({}));
+    assert!(pod_of(&[Arc::clone(&forged)], &migration).is_some());
+    assert!(pod_of(&[forged, held], &migration).is_some_and(is_gated), "what is held must be found, whoever says the same");
+    assert!(pod_of(&none, &migration).is_none());
 }
 
 #[test]
@@ -117,7 +120,7 @@ fn a_pod_whose_migration_nobody_knows_is_let_go_once_the_watches_had_their_time(
 }
 
 #[test]
-fn a_dry_run_is_waited_for_until_it_says_that_it_has_ended() {
+fn a_dry_run_is_waited_for_from_its_beginning_until_it_says_that_it_has_ended() {
     let stored = |asked: Value, status: Value| -> MigrationForecast {
         serde_json::from_value(json!({
             "apiVersion": "migvisor.io/v1alpha1", "kind": "MigrationForecast", "metadata": { "name": "wild" },
@@ -130,19 +133,21 @@ fn a_dry_run_is_waited_for_until_it_says_that_it_has_ended() {
         .unwrap()
     };
     let (ours, started) = (json!({ "id": "a" }), "2026-11-22T12:00:00Z");
-    for (asked, status, expected) in [
-        (Value::Null, Value::Null, false),
-        (ours.clone(), Value::Null, true),
-        (ours.clone(), json!({ "id": "before", "phase": "Done" }), true),
-        (ours.clone(), json!({ "id": "a", "phase": "Running", "startedAt": started }), true),
-        (ours.clone(), json!({ "id": "a", "phase": "Done", "startedAt": started }), false),
-        (ours, json!({ "id": "a", "phase": "Waiting" }), true),
-        (Value::Null, json!({ "id": "a", "phase": "Waiting" }), false),
+    // Under way, and asked for but not begun.
+    for (asked, status, running, waiting) in [
+        (Value::Null, Value::Null, false, false),
+        (ours.clone(), Value::Null, true, true),
+        (ours.clone(), json!({ "id": "before", "phase": "Done" }), true, true),
+        (ours.clone(), json!({ "id": "a", "phase": "Running", "startedAt": started }), true, false),
+        (ours.clone(), json!({ "id": "a", "phase": "Done", "startedAt": started }), false, false),
+        (ours, json!({ "id": "a", "phase": "Waiting" }), true, true),
+        (Value::Null, json!({ "id": "a", "phase": "Waiting" }), false, false),
         // Withdrawn: the agent has not said yet that it has ended.
-        (Value::Null, json!({ "id": "a", "phase": "Running", "startedAt": started }), true),
-        (Value::Null, json!({ "id": "a", "phase": "Cancelled", "startedAt": started }), false),
+        (Value::Null, json!({ "id": "a", "phase": "Running", "startedAt": started }), true, false),
+        (Value::Null, json!({ "id": "a", "phase": "Cancelled", "startedAt": started }), false, false),
     ] {
-        assert_eq!(is_dry_running(Some(&stored(asked.clone(), status.clone()))), expected, "{asked} {status}");
+        let object = stored(asked.clone(), status.clone());
+        assert_eq!((is_dry_running(Some(&object)), waits_to_begin(&object)), (running, waiting), "{asked} {status}");
     }
     assert!(!is_dry_running(None));
 }
