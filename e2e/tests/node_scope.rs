@@ -201,7 +201,13 @@ impl Scene<'_> {
 
     /// The agent's answer to the present question.
     async fn answer(&self, verdict: Verdict) -> Result<()> {
-        let asked = self.that("is asked", |_| true).await?.question();
+        self.answer_with(verdict, &Value::Null).await
+    }
+
+    /// The same, with answers about remedies.
+    async fn answer_with(&self, verdict: Verdict, remedies: &Value) -> Result<()> {
+        let object = self.that("is asked", |_| true).await?;
+        let asked = object.question();
         let fails = verdict == Verdict::Fails;
         let now = jiff::Timestamp::now();
         let status = MigrationForecastStatus {
@@ -214,6 +220,9 @@ impl Scene<'_> {
             "dirtiedPages": 9, "transferredBytes": 9, "downtime": if fails { Value::Null } else { json!("100ms") },
         });
         status.as_object_mut().context("no object")?.extend(figures.as_object().cloned().unwrap_or_default());
+        if !remedies.is_null() {
+            status["remedies"] = json!({ "asked": object.spec.remedies_fingerprint(), "measuredAt": now, "answers": remedies });
+        }
         apply(&self.agent, AGENT, "vm1", status).await?;
         self.that("is judged", |forecast| ready(forecast) == Some(format!("{verdict:?}"))).await.map(drop)
     }
@@ -244,32 +253,13 @@ async fn agent_and_controller_need_the_rights_they_have_and_no_others() -> Resul
     ended
 }
 
-#[tokio::test]
-async fn the_controller_is_on_a_leash() -> Result<()> {
-    only_gates(&cluster().await?).await
-}
-
 /// What becomes of migrations of a VM that would fail, where admission is not asked and their target pods are held: a person's, and a drain's.
 async fn abandoned_and_let_go(plane: &ControlPlane) -> Result<()> {
     println!("--- a person's migration that would fail is abandoned, as admission is not asked here; a drain's is let go");
     let migrations = vmims(&plane.client()?, NAMESPACE);
-    let target = |pod: &str, job: Option<String>| {
-        json!({
-            "apiVersion": "v1", "kind": "Pod",
-            "metadata": {
-                "namespace": NAMESPACE, "name": pod, "annotations": { "kubevirt.io/domain": "vm1" },
-                "labels": { "kubevirt.io": "virt-launcher", "kubevirt.io/migrationJobUID": job },
-            },
-            "spec": {
-                "containers": [{ "name": "compute", "image": "virt-launcher" }], "automountServiceAccountToken": false,
-                "schedulingGates": [{ "name": "migvisor.io/dry-run" }, { "name": "other/gate" }],
-            },
-        })
-        .to_string()
-    };
     plane.accepts(&vmim_manifest(NAMESPACE, "m0", "vm1").to_string()).await?;
     let job = migrations.get("m0").await?.uid();
-    plane.accepts(&target("virt-launcher-vm1-person", job)).await?;
+    plane.accepts(&target("virt-launcher-vm1-person", job.as_deref())).await?;
     wait_for("m0 to be deleted", SOON, async || Ok(migrations.get_opt("m0").await?.is_none().then_some(()))).await?;
     event_in(plane, "MigrationAbandoned", "VirtualMachineInstanceMigration", "m0").await?;
     event_in(plane, "MigrationAbandoned", "VirtualMachineInstance", "vm1").await?;
@@ -278,15 +268,69 @@ async fn abandoned_and_let_go(plane: &ControlPlane) -> Result<()> {
     drained["metadata"]["annotations"] = json!({ "kubevirt.io/evacuationMigration": "node-a" });
     plane.accepts(&drained.to_string()).await?;
     let job = migrations.get("m1").await?.uid();
-    plane.accepts(&target("virt-launcher-vm1-target", job)).await?;
+    plane.accepts(&target("virt-launcher-vm1-target", job.as_deref())).await?;
     let pods: Api<Pod> = Api::namespaced(plane.client()?, NAMESPACE);
-    let gates = async || {
-        let pod = pods.get("virt-launcher-vm1-target").await?;
-        let gates = pod.spec.and_then(|spec| spec.scheduling_gates).unwrap_or_default();
-        Ok((gates.len() == 1).then(|| gates[0].name.clone()))
-    };
-    ensure!(wait_for("our gate to go", SOON, gates).await? == "other/gate");
+    let ours_gone = async || Ok((gates(&pods, "virt-launcher-vm1-target").await? == ["other/gate"]).then_some(()));
+    wait_for("our gate to go", SOON, ours_gone).await?;
     event_in(plane, "MigrationReleased", "VirtualMachineInstanceMigration", "m1").await.map(drop)
+}
+
+/// A migration that would fail gets what is forecast to help it: its own MigrationPolicy, which takes over a person's, and a label on its VM.
+/// Both go with it.
+async fn forced(scene: &Scene<'_>) -> Result<()> {
+    println!("--- a migration is forced");
+    let theirs = json!({
+        "apiVersion": "migrations.kubevirt.io/v1alpha1", "kind": "MigrationPolicy", "metadata": { "name": "theirs" },
+        "spec": { "selectors": { "namespaceSelector": {} }, "bandwidthPerMigration": "48Mi" },
+    });
+    scene.plane.accepts(&theirs.to_string()).await?;
+    let remedies = r#"{"spec":{"remedies":[{"type":"AutoConverge"}]}}"#;
+    scene.kubectl(&["patch", "pp", "house", "--type=merge", "-p", remedies]).await?;
+    scene.that("asks about the remedy", |it| !it.spec.remedies.is_empty() && it.spec.bandwidth.0 == "48Mi").await?;
+    scene.answer_with(Verdict::Fails, &json!([{ "type": "AutoConverge", "verdict": "Converges", "probability": 1.0 }])).await?;
+    scene.plane.accepts(&vmim_manifest(NAMESPACE, "m2", "vm1").to_string()).await?;
+    let migrations = vmims(&scene.plane.client()?, NAMESPACE);
+    let uid = migrations.get("m2").await?.uid().context("no UID")?;
+    scene.plane.accepts(&target("virt-launcher-vm1-forced", Some(&uid))).await?;
+    let name = format!("migvisor-{uid}");
+    let pods: Api<Pod> = Api::namespaced(scene.plane.client()?, NAMESPACE);
+    wait_for("our gate to go", SOON, async || Ok((gates(&pods, "virt-launcher-vm1-forced").await?.len() == 1).then_some(())))
+        .await?;
+    let policy: Value = serde_json::from_str(&scene.kubectl(&["get", "migrationpolicy", &name, "-o", "json"]).await?)?;
+    ensure!(policy["spec"]["allowAutoConverge"] == true && policy["spec"]["bandwidthPerMigration"] == "48Mi", "{policy}");
+    ensure!(policy["spec"]["selectors"]["virtualMachineInstanceSelector"]["migvisor.io/force"] == uid, "{policy}");
+    event_in(scene.plane, "MigrationForced", "VirtualMachineInstanceMigration", "m2").await?;
+
+    migrations.delete("m2", &DeleteParams::default()).await?;
+    let taken_back = async || {
+        let policies = scene.kubectl(&["get", "migrationpolicies", "-o", "name"]).await?;
+        let labels = scene.kubectl(&["get", "vmi", "vm1", "-o", "jsonpath={.metadata.labels}"]).await?;
+        Ok((!policies.contains(&name) && !labels.contains("migvisor.io/force")).then_some(()))
+    };
+    wait_for("the remedy to be taken back", SOON, taken_back).await?;
+    scene.kubectl(&["delete", "migrationpolicy", "theirs"]).await?;
+    scene.kubectl(&["patch", "pp", "house", "--type=merge", "-p", r#"{"spec":{"remedies":null}}"#]).await.map(drop)
+}
+
+/// A target pod of a migration of `vm1`, held by us and by somebody else.
+fn target(pod: &str, job: Option<&str>) -> String {
+    json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": {
+            "namespace": NAMESPACE, "name": pod, "annotations": { "kubevirt.io/domain": "vm1" },
+            "labels": { "kubevirt.io": "virt-launcher", "kubevirt.io/migrationJobUID": job },
+        },
+        "spec": {
+            "containers": [{ "name": "compute", "image": "virt-launcher" }], "automountServiceAccountToken": false,
+            "schedulingGates": [{ "name": "migvisor.io/dry-run" }, { "name": "other/gate" }],
+        },
+    })
+    .to_string()
+}
+
+async fn gates(pods: &Api<Pod>, name: &str) -> Result<Vec<String>> {
+    let gates = pods.get(name).await?.spec.and_then(|spec| spec.scheduling_gates).unwrap_or_default();
+    Ok(gates.into_iter().map(|gate| gate.name).collect())
 }
 
 /// A plan, until the migration that it makes has gone again.
@@ -384,6 +428,7 @@ async fn story(plane: &ControlPlane) -> Result<()> {
     scene.that("has its outcome and tells of nothing", |it| told(it).is_none() && ended(it)).await?;
     event_in(plane, "MigrationForecastOutcome", "VirtualMachineInstanceMigration", "m1").await?;
 
+    forced(&scene).await?;
     carried_out(&scene).await?;
 
     println!("--- what a person asks for stands, whatever the manager writes");
@@ -409,48 +454,6 @@ async fn story(plane: &ControlPlane) -> Result<()> {
     exactly(plane, "migvisor-controller", "controller").await?;
     let log = controller.log();
     ensure!(!log.contains("panicked") && !log.contains("forbidden"), "{log}");
-    Ok(())
-}
-
-/// The controller's own token takes our gate off a pod, and nothing else, whatever RBAC says.
-async fn only_gates(plane: &ControlPlane) -> Result<()> {
-    let pod = json!({
-        "apiVersion": "v1", "kind": "Pod", "metadata": { "namespace": NAMESPACE, "name": "leashed" },
-        "spec": {
-            "containers": [{ "name": "compute", "image": "good" }], "automountServiceAccountToken": false,
-            "schedulingGates": [{ "name": "migvisor.io/dry-run" }, { "name": "other/gate" }],
-        },
-    });
-    plane.accepts(&pod.to_string()).await?;
-    let token = plane.account("migvisor-controller", Some(("leashed", "node-b"))).await?.client().await?;
-    let pods: Api<Pod> = Api::namespaced(token, NAMESPACE);
-    let without = |name: &str| json!({ "spec": { "schedulingGates": [{ "name": name, "$patch": "delete" }] } });
-    let with = |mut more: Value| {
-        more["spec"]["schedulingGates"] = without("migvisor.io/dry-run")["spec"]["schedulingGates"].clone();
-        more
-    };
-    // A policy takes a moment to be heard of.
-    let early = json!({ "metadata": { "labels": { "too": "early" } } });
-    let refused = async || {
-        let patched = pods.patch("leashed", &PatchParams::default(), &Patch::Strategic(&early)).await;
-        Ok(patched.is_err().then_some(()))
-    };
-    wait_for("the leash to hold", SOON, refused).await?;
-    let gate = "may take the scheduling gate migvisor.io/dry-run off a pod, and nothing else";
-    for (patch, refusal) in [
-        (json!({ "metadata": { "labels": { "mine": "now" } } }), gate),
-        (without("other/gate"), gate),
-        (with(json!({ "spec": { "containers": [{ "name": "compute", "image": "evil" }] } })), "may not change a pod's spec"),
-        (with(json!({ "spec": { "activeDeadlineSeconds": 1 } })), "may not change a pod's spec"),
-        (with(json!({ "spec": { "nodeSelector": { "mine": "now" } } })), "may not change a pod's spec"),
-        (with(json!({ "metadata": { "labels": { "mine": "now" } } })), "may not change a pod's metadata"),
-        (with(json!({ "metadata": { "finalizers": ["mine/now"] } })), "may not change a pod's metadata"),
-    ] {
-        let refused = pods.patch("leashed", &PatchParams::default(), &Patch::Strategic(&patch)).await;
-        let error = refused.err().with_context(|| format!("{patch} was let through"))?.to_string();
-        ensure!(error.contains(refusal), "{patch}: {error}");
-    }
-    pods.patch("leashed", &PatchParams::default(), &Patch::Strategic(without("migvisor.io/dry-run"))).await?;
     Ok(())
 }
 
