@@ -4,13 +4,10 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use migvisor::{
-    model::units::Bandwidth,
-    qemu::{
-        libvirt::{LibvirtAddress, Socket},
-        migration::{self, MigrationInfo, MigrationStatus},
-        monitor::Monitor,
-    },
+use migvisor::qemu::{
+    libvirt::{LibvirtAddress, Socket},
+    migration::{self, MigrationInfo, MigrationStatus},
+    monitor::Monitor,
 };
 use tokio::time::{sleep, timeout};
 

@@ -12,7 +12,7 @@ use kube::Api;
 use migvisor::{api::MigrationForecast, model::forecast::HostConstants};
 use nix::sys::signal::Signal;
 use rustls::pki_types::{CertificateDer, pem::PemObject};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use crate::{
     cluster::{ControlPlane, Process, WebhookCertificate, account, free_port},

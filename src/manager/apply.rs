@@ -172,7 +172,8 @@ impl Writer {
         let policy =
             force::policy(winner.as_ref(), migration.metadata.namespace.as_deref().unwrap_or_default(), &name, &uid, remedy);
         let parameters = PatchParams::apply(names::MANAGER).force();
-        let applied = api.patch(&force::name(&uid), &parameters, &Patch::Apply(&policy));
+        let (ours, policy) = (force::name(&uid), Patch::Apply(policy));
+        let applied = api.patch(&ours, &parameters, &policy);
         self.write("apply the MigrationPolicy that forces", "migrationpolicy", migration, applied).await?;
         self.label(vmi, Some(&uid)).await
     }
