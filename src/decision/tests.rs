@@ -194,7 +194,7 @@ fn what_was_let_through_is_not_denied_for_the_want_of_room() {
     let (mut object, present) = (object(spec(), &model(Verdict::Fails, 0.05), MINUTE), spec());
     let mut policy = policy(Mode::Enforce);
     policy.spec.dry_run = Some(DryRunPolicy { mode: DryRunMode::OnDemand, ..DryRunPolicy::default() });
-    let asked: DryRun = serde_json::from_value(json!({ "id": "doubt-1" })).unwrap();
+    let asked: DryRun = serde_json::from_value(serde_json::json!({ "id": "doubt-1" })).unwrap();
     object.spec.dry_run = Some(asked.clone());
     let running = DryRunStatus {
         started_at: Some(Time(now())),

@@ -74,7 +74,7 @@ fn changes(remedy: &RemedyAnswer) -> Map<String, Value> {
         }
         RemedyType::Downtime => {
             if let Some(limit) = remedy.max_downtime {
-                set("maxDowntimeMs", json!(limit.0.as_millis() as u64));
+                set("maxDowntimeMs", json!(u64::try_from(limit.0.as_millis()).unwrap_or(u64::MAX)));
             }
         }
         RemedyType::PostCopy => {

@@ -48,7 +48,7 @@ fn migration(changes: &Value) -> Arc<VirtualMachineInstanceMigration> {
 }
 
 fn decision(verdict: Verdict, reason: &'static str) -> Decision {
-    Decision { action: Action::Allow, verdict, reason, message: "because".into() }
+    Decision { action: Action::Allow, verdict, reason, message: "because".into(), remedy: None }
 }
 
 #[test]
