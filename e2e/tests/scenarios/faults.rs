@@ -35,12 +35,12 @@ pub(crate) async fn a_vmi_deleted_in_every_phase(scene: &Scene<'_>) -> Result<()
                 // Two that go nowhere take the places of their node.
                 for blocker in ["blocker-1", "blocker-2"] {
                     scene.vm(blocker, Load::Idle).await?;
-                    go_nowhere(scene, blocker).await?;
+                    scene.migrate_nowhere(blocker, blocker).await?;
                     scene.reaches(blocker, &["Scheduling"], SOON).await?;
                 }
                 scene.migrate(&vm, &vm).await?;
             }
-            "Scheduling" => go_nowhere(scene, &vm).await?,
+            "Scheduling" => scene.migrate_nowhere(&vm, &vm).await?,
             _ => drop(scene.migrate(&vm, &vm).await?),
         }
         // Phases are short: a later one counts, and is told.
@@ -58,13 +58,6 @@ pub(crate) async fn a_vmi_deleted_in_every_phase(scene: &Scene<'_>) -> Result<()
         scene.until(&format!("everything of {vm} to go"), SOON, gone).await?;
     }
     Ok(())
-}
-
-/// Migrates a VM to where no node is: its target pod is never placed.
-async fn go_nowhere(scene: &Scene<'_>, vm: &str) -> Result<()> {
-    let mut manifest = scene.migration(vm, vm, &json!({}));
-    manifest["spec"]["addedNodeSelector"] = json!({ "e2e.migvisor.io/nobody": "has-this" });
-    scene.cluster.kubectl().accepts(&manifest.to_string()).await.map(drop)
 }
 
 /// While a migration is under way the API server is away for a while: the migration ends, its outcome is recorded, everybody goes on.
