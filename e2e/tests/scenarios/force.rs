@@ -1,5 +1,5 @@
-//! Migrations that are forced: a remedy that the policy allows is applied to one migration alone, by a MigrationPolicy of its own, and
-//! taken back as soon as KubeVirt has read it.
+//! Migrations that are forced: a remedy that the policy allows is applied to one migration alone, by a MigrationPolicy of its own,
+//! and taken back as soon as KubeVirt has read it.
 
 use std::time::Duration;
 

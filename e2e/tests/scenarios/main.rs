@@ -9,6 +9,8 @@ mod faults;
 mod force;
 mod hold;
 mod outside;
+mod overrides;
+mod plan;
 mod scale;
 
 use std::{
@@ -48,6 +50,14 @@ const ALL: &[Scenario] = &[
     scenario!(force::what_forced_a_migration_goes_when_the_controller_died; KillController),
     scenario!(drains::a_node_with_a_wild_vm_is_evacuated; DrainNodes),
     scenario!(drains::a_workload_update_is_let_through; WorkloadUpdates, WritableStatus),
+    scenario!(drains::a_denied_evacuation_is_refused_and_stays_quiet),
+    scenario!(overrides::an_override_lets_through_and_expires),
+    scenario!(overrides::an_override_is_refused_to_whom_rbac_refuses_it),
+    scenario!(plan::plan_picks_what_exhaustive_search_picks),
+    scenario!(plan::plan_executes_is_interrupted_and_resumes; KillController),
+    scenario!(plan::plans_execute_is_refused_to_who_may_not_migrate),
+    scenario!(faults::the_controller_dies_while_a_gate_is_on; KillController),
+    scenario!(faults::the_agent_dies_in_a_dry_run; KillAgent),
     scenario!(faults::a_vmi_deleted_in_every_phase),
     scenario!(faults::the_api_server_is_restarted_in_between; RestartApiServer),
     scenario!(scale::fifty_migrations_at_once; ManyVms),
