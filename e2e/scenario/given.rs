@@ -14,17 +14,27 @@ use crate::cluster::{Kubectl, account::NAMESPACE};
 /// Until a guest of a real cluster has booted.
 const BOOT: Duration = Duration::from_secs(300);
 
-/// What a guest writes: pages of 4 KiB, so many of them at random in each ms.
+/// A guest that settles writes for so long, from its boot on, and so at least until its forecast is there.
+pub(super) const SETTLES: Duration = Duration::from_secs(300);
+
+/// What a guest writes: pages of 4 KiB, so many of them at random in each ms; whether it computes in between or rests; for how many
+/// seconds, 0: for ever. How much there is to compute in a ms is measured at the start.
 const WRITER: &str = "import mmap,random,sys,time\n\
-    n,r=int(sys.argv[1]),int(sys.argv[2])\n\
+    n,r,computes,ends=map(int,sys.argv[1:5])\n\
     m=mmap.mmap(-1,n*4096)\n\
     for p in range(n): m[p*4096]=1\n\
-    while True:\n\
+    c=0\n\
+    s=time.monotonic()\n\
+    while time.monotonic()-s<.2: c+=1\n\
+    while not ends or time.monotonic()-s<ends:\n\
     \x20t=time.monotonic()\n\
     \x20for _ in range(r*10):\n\
     \x20 p=random.randrange(n)*4096\n\
     \x20 m[p]=(m[p]+1)&255\n\
-    \x20time.sleep(max(0,.01-(time.monotonic()-t)))\n";
+    \x20if computes:\n\
+    \x20 for _ in range(c//20): time.monotonic()\n\
+    \x20else: time.sleep(max(0,.01-(time.monotonic()-t)))\n\
+    time.sleep(1e6)\n";
 
 /// See the module.
 pub(super) struct Given {
@@ -99,18 +109,22 @@ impl Given {
     ) -> Result<()> {
         let (pages, per_ms) = match load {
             Load::Idle => (0, 0),
-            Load::Calm => (32_768, 4),
-            Load::Steady => (16_384, 20),
+            Load::Calm | Load::Large => (32_768, 4),
+            Load::Steady | Load::Busy => (16_384, 20),
+            Load::Settling => (32_768, 12),
             Load::Wild => (65_536, 60),
         };
+        let (computes, ends) = (u8::from(load == Load::Busy), if load == Load::Settling { SETTLES.as_secs() } else { 0 });
+        let memory = if load == Load::Large { "2Gi" } else { "1Gi" };
         let files = json!([{ "path": "/opt/writer.py", "content": WRITER }]);
-        let command = if pages == 0 { json!([]) } else { json!([format!("nohup python3 /opt/writer.py {pages} {per_ms} &")]) };
+        let writer = format!("nohup python3 /opt/writer.py {pages} {per_ms} {computes} {ends} &");
+        let command = if pages == 0 { json!([]) } else { json!([writer]) };
         let user_data = format!("#cloud-config\n{}", json!({ "write_files": files, "runcmd": command }));
         let disk = |name: &str| json!({ "name": name, "disk": { "bus": "virtio" } });
         let mut spec = json!({
             "domain": {
                 "devices": { "disks": [disk("root"), disk("seed")], "interfaces": [{ "name": "default", "masquerade": {} }] },
-                "memory": { "guest": "1Gi" },
+                "memory": { "guest": memory },
             },
             "evictionStrategy": "LiveMigrate",
             "networks": [{ "name": "default", "pod": {} }],

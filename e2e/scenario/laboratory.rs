@@ -22,6 +22,8 @@ pub(super) const WITHOUT_AGENT: &str = "node-c";
 /// The parts of the product, by the names of their processes; an agent with its node.
 const AGENTS: [(&str, &str); 2] = [("agent-a", NODE), ("agent-b", OTHER_NODE)];
 const CONTROLLER: &str = "controller";
+/// A guest that settles writes for so long, then keeps from it for as long. The first look is over by then.
+pub(super) const SETTLES: Duration = Duration::from_secs(20);
 /// Shorter than in production: what is looked for is plain.
 const LOOK: &str = "3s";
 
@@ -71,15 +73,19 @@ impl Laboratory {
         let guest = match load {
             Load::Idle => None,
             // 128 MiB of data, 16 MiB/s written: at 64 MiB/s it takes about 2.6 s.
-            Load::Calm => Some(GuestSpec::uniform(32_768, 4)),
+            Load::Calm => Some(VmSpec::new(GuestSpec::uniform(32_768, 4))),
+            Load::Large => Some(VmSpec::new(GuestSpec::uniform(32_768, 4)).memory_mib(1024)),
             // 64 MiB of data, 78 MiB/s written to.
-            Load::Steady => Some(GuestSpec::uniform(16_384, 20)),
+            Load::Steady => Some(VmSpec::new(GuestSpec::uniform(16_384, 20))),
+            Load::Busy => Some(VmSpec::new(GuestSpec::uniform(16_384, 20).computing())),
+            // 128 MiB of data, 47 MiB/s written: at 64 MiB/s it takes about 4 s, and 2 s once it rests.
+            Load::Settling => Some(VmSpec::new(GuestSpec::phased(32_768, 12, u32::try_from(SETTLES.as_millis())?))),
             // 256 MiB of data, up to 234 MiB/s written.
-            Load::Wild => Some(GuestSpec::uniform(65_536, 60)),
+            Load::Wild => Some(VmSpec::new(GuestSpec::uniform(65_536, 60))),
         };
         match guest {
             None => self.world.announce(namespace, name, node.unwrap_or(NODE)).await?,
-            Some(guest) => drop(self.world.boot(namespace, name, VmSpec::new(guest)).await?),
+            Some(guest) => drop(self.world.boot(namespace, name, guest).await?),
         }
         if labels.as_object().is_some_and(|labels| !labels.is_empty()) {
             let patch = json!({ "metadata": { "labels": labels } }).to_string();

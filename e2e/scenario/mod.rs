@@ -4,8 +4,12 @@
 //! any cluster with KubeVirt and MigVisor in it. Out: a [`Cluster`], and a [`Scene`] for each scenario. A scenario knows neither
 //! which of the two it has nor that there are two: what not every cluster can give, it declares as a [`Need`].
 
+mod doubt;
 mod given;
+mod held;
 mod laboratory;
+mod person;
+mod planned;
 mod scene;
 
 use anyhow::{Context, Result};
@@ -17,9 +21,17 @@ use kube::{
 use serde_json::Value;
 use tokio::sync::Mutex;
 
-pub use self::scene::{Scene, reason_of};
 use self::{given::Given, laboratory::Laboratory};
+pub use self::{
+    held::is_gated,
+    scene::{Scene, reason_of},
+};
 use crate::cluster::Kubectl;
+
+/// A migration's kind, as events have it.
+pub const VMIM: &str = "VirtualMachineInstanceMigration";
+/// A VM's.
+pub const VMI: &str = "VirtualMachineInstance";
 
 /// What not every cluster can give.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,8 +65,14 @@ pub enum Load {
     Idle,
     /// Few writes: it migrates in some 3 s.
     Calm,
-    /// Writes of its own that a migration copes with, and that decide how much bandwidth it needs: see [`Scene::borderline`].
+    /// As calm, in a VM with twice the memory.
+    Large,
+    /// Writes of its own that a migration copes with, and that decide how much bandwidth it needs: see [`Scene::doubtful`].
     Steady,
+    /// As steady, of a guest that computes all the time: what it misses when it is slowed down it does not make up for.
+    Busy,
+    /// Enough writes for its migration to take twice as long, and after a while none: see [`Scene::settled`].
+    Settling,
     /// More writes than a migration carries.
     Wild,
 }
@@ -133,6 +151,14 @@ impl Cluster {
     /// How long an agent's look and answer may take here.
     pub(crate) fn patience(&self) -> std::time::Duration {
         std::time::Duration::from_secs(if matches!(self.kind, Kind::Laboratory(_)) { 40 } else { 180 })
+    }
+
+    /// After this long a VM of [`Load::Settling`] writes no more, for as long again at least.
+    fn settles_after(&self) -> std::time::Duration {
+        match &self.kind {
+            Kind::Laboratory(_) => laboratory::SETTLES,
+            Kind::Given(_) => given::SETTLES,
+        }
     }
 
     /// A running VM whose guest does this.

@@ -5,7 +5,7 @@
 
 use std::{
     sync::{Mutex, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result};
@@ -14,12 +14,18 @@ use kube::{
     Api,
     api::{DeleteParams, DynamicObject, ListParams, PostParams},
 };
-use migvisor::{api::MigrationForecast, api::names::annotation, model::forecast::Verdict};
+use migvisor::{
+    api::{
+        MigrationForecast,
+        names::{LEASE, annotation},
+    },
+    model::forecast::Verdict,
+};
 use serde_json::{Value, json};
 
 use super::{Cluster, Load};
 use crate::{
-    cluster::{Output, wait_for},
+    cluster::{Output, account::NAMESPACE, wait_for},
     kubevirt::{objects, vmim_manifest},
 };
 
@@ -155,6 +161,13 @@ impl<'a> Scene<'a> {
         self.cluster.kubectl().accepts(&self.migration(name, vm, &json!({})).to_string()).await
     }
 
+    /// Migrates a VM to where no node is: its target pod is never placed, and the migration takes one of KubeVirt's places.
+    pub async fn migrate_nowhere(&self, name: &str, vm: &str) -> Result<()> {
+        let mut manifest = self.migration(name, vm, &json!({}));
+        manifest["spec"]["addedNodeSelector"] = json!({ "e2e.migvisor.io/nobody": "has-this" });
+        self.cluster.kubectl().accepts(&manifest.to_string()).await.map(drop)
+    }
+
     /// What would become of this migration: every webhook is asked, nothing is kept.
     pub async fn rehearse(&self, manifest: &Value) -> Result<Output> {
         self.cluster.kubectl().run(&["create", "--dry-run=server", "-o", "json", "-f", "-"], &manifest.to_string()).await
@@ -177,6 +190,11 @@ impl<'a> Scene<'a> {
             Ok(right.then_some(annotations))
         };
         self.until(&what, SOON, probe).await
+    }
+
+    /// Waits until a VM of [`Load::Settling`] that ran at this time has come to rest.
+    pub async fn settled(&self, booted: Instant) {
+        tokio::time::sleep_until((booted + self.cluster.settles_after()).into()).await;
     }
 
     /// Waits until the probe has something.
@@ -220,30 +238,6 @@ impl<'a> Scene<'a> {
         Ok(forecast)
     }
 
-    /// Gives migrations of this VM a bandwidth with which it is neither sure to converge nor sure to fail, found by asking the product.
-    /// The VM needs [`Load::Steady`], and the scene a [`Scene::policy`]. Returns the bandwidth, bytes per second.
-    pub async fn borderline(&self, vm: &str) -> Result<u64> {
-        let of = |forecast: &MigrationForecast| forecast.answer().and_then(|answer| answer.probability);
-        let all = |forecast: &MigrationForecast| of(forecast).is_some();
-        let first = self.forecast_that(vm, "is answered", self.cluster.patience(), all).await?;
-        let needs = first.status.and_then(|status| status.least_convergent_bandwidth).context("no bandwidth is enough for it")?;
-        let needs = needs.rate()?.0;
-        let (mut low, mut high) = (needs / 2, needs * 11 / 10);
-        for _ in 0..12 {
-            let bandwidth = low.midpoint(high);
-            self.change_migrations(&json!({ "bandwidthPerMigration": bandwidth.to_string() })).await?;
-            let bandwidth = bandwidth.max(1) >> 20 << 20;
-            let asked = |it: &MigrationForecast| it.spec.bandwidth.rate().is_ok_and(|it| it.0 == bandwidth);
-            let found = self.forecast_that(vm, "is asked anew", SOON, |it| asked(it) && all(it)).await?;
-            match of(&found) {
-                Some(probability) if probability >= 0.9 => high = bandwidth,
-                Some(probability) if probability <= 0.1 => low = bandwidth,
-                _ => return Ok(bandwidth),
-            }
-        }
-        anyhow::bail!("no bandwidth between {low} and {high} bytes per second is borderline for {vm}")
-    }
-
     /// A VMIM as it is; `None`: there is none.
     pub async fn vmim(&self, name: &str) -> Result<Option<DynamicObject>> {
         Ok(objects::vmims(&self.cluster.client()?, &self.namespace).get_opt(name).await?)
@@ -282,15 +276,29 @@ impl<'a> Scene<'a> {
 
     /// The events with this reason about this object so far: words and type.
     pub async fn events(&self, reason: &str, kind: &str, name: &str) -> Result<Vec<(String, String)>> {
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        let found = self.raw_events(reason, kind, name).await?;
+        Ok(found.iter().map(|event| (text(&event["note"]), text(&event["type"]))).collect())
+    }
+
+    /// How often an event with this reason about this object was told: what is told again is counted on.
+    pub async fn times(&self, reason: &str, kind: &str, name: &str) -> Result<u64> {
+        let found = self.raw_events(reason, kind, name).await?;
+        let times = |event: &Value| event["series"]["count"].as_u64().or_else(|| event["deprecatedCount"].as_u64());
+        Ok(found.iter().map(|event| times(event).unwrap_or(1).max(1)).sum())
+    }
+
+    async fn raw_events(&self, reason: &str, kind: &str, name: &str) -> Result<Vec<Value>> {
         let resource = kube::api::ApiResource::erase::<k8s_openapi::api::events::v1::Event>(&());
         let api: Api<DynamicObject> = Api::namespaced_with(self.cluster.client()?, &self.namespace, &resource);
-        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-        let of = |event: DynamicObject| {
-            let (data, about) = (&event.data, &event.data["regarding"]);
-            let matches = data["reason"] == reason && about["kind"] == kind && about["name"] == name;
-            matches.then(|| (text(&data["note"]), text(&data["type"])))
-        };
-        Ok(api.list(&ListParams::default()).await?.into_iter().filter_map(of).collect())
+        let all = api.list(&ListParams::default()).await?.items.into_iter().map(|event| event.data);
+        let about = |data: &Value| data["regarding"]["kind"] == kind && data["regarding"]["name"] == name;
+        Ok(all.filter(|data| data["reason"] == reason && about(data)).collect())
+    }
+
+    /// Which of the controllers leads, or led last.
+    pub async fn leader(&self) -> Result<String> {
+        self.kubectl(&["get", "lease", LEASE, "-n", NAMESPACE, "-o", "jsonpath={.spec.holderIdentity}"]).await
     }
 
     /// Waits until a line of the controller's metrics has at least this value. ([`super::Need::Metrics`])

@@ -3,10 +3,17 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use kube::{ResourceExt, api::DynamicObject};
-use migvisor::{api::names::annotation, model::forecast::Verdict};
-use migvisor_e2e::scenario::{Load, Scene};
-use serde_json::json;
+use k8s_openapi::api::core::v1::Pod;
+use kube::{
+    Api, ResourceExt,
+    api::{DynamicObject, EvictParams, ListParams},
+};
+use migvisor::{
+    api::names::{annotation, kubevirt},
+    model::forecast::Verdict,
+};
+use migvisor_e2e::scenario::{Load, Scene, VMI};
+use serde_json::{Value, json};
 
 /// `kubectl drain` of a node with a VM that no pre-copy can move ends, where KubeVirt is told to get it through.
 pub(crate) async fn a_node_with_a_wild_vm_is_evacuated(scene: &Scene<'_>) -> Result<()> {
@@ -42,6 +49,76 @@ pub(crate) async fn a_workload_update_is_let_through(scene: &Scene<'_>) -> Resul
     scene.patch("vmi", "wild", &json!({ "status": { "launcherContainerImageVersion": "virt-launcher:0.0.1" } })).await?;
     let made = one(scene, "wild", "kubevirt-workload-update-").await?;
     warned_of(scene, &made).await
+}
+
+/// Where evacuations are denied KubeVirt's is refused, each time in the same words, and nothing that we do makes it ask sooner than
+/// it would by itself.
+pub(crate) async fn a_denied_evacuation_is_refused_and_stays_quiet(scene: &Scene<'_>) -> Result<()> {
+    const SOON: Duration = Duration::from_secs(30);
+    /// KubeVirt asks again after 5 ms, 10 ms, 20 ms, and so on, to 10 s.
+    const BURST: Duration = Duration::from_secs(11);
+    const WHILE: Duration = Duration::from_secs(11);
+    /// Once or twice by itself meanwhile, and when something else of the node changes.
+    const MOST: u64 = 5;
+    let spec = json!({ "mode": "Enforce", "evacuations": "Deny" });
+    scene.prediction_policy("policy", &json!({}), spec).await?;
+    scene.vm("wild", Load::Wild).await?;
+    scene.answered("wild", Verdict::Fails).await?;
+    let words = refusal(scene).await?;
+    evict(scene, "wild").await?;
+    let (note, _) = scene.event("FailedCreate", VMI, "wild").await?;
+    ensure!(note.contains("Error creating a Migration") && note.contains("denied the request: migvisor forecasts"), "{note}");
+
+    tokio::time::sleep(BURST).await;
+    let before = scene.times("FailedCreate", VMI, "wild").await?;
+    tokio::time::sleep(WHILE).await;
+    let asked = scene.times("FailedCreate", VMI, "wild").await?.saturating_sub(before);
+    println!("refused {before} times within {BURST:?} or so, and {asked} times in the next {WHILE:?}");
+    ensure!(asked <= MOST, "KubeVirt asked {asked} times in {WHILE:?}");
+    ensure!(scene.vmims().await?.is_empty(), "a migration was made");
+    ensure!(refusal(scene).await? == words, "it is refused in other words now");
+    // Whatever is written of the VM has KubeVirt ask at once.
+    let vmi = scene.vmi("wild").await?;
+    let writers = vmi["metadata"]["managedFields"].as_array().cloned().unwrap_or_default();
+    let ours = |field: &Value| field["manager"].as_str().is_some_and(|manager| manager.starts_with("migvisor"));
+    ensure!(!writers.iter().any(ours), "we wrote the VM: {writers:?}");
+    ensure!(scene.times("MigrationWouldFail", VMI, "wild").await? == 1, "it is told again and again that it would fail");
+    ensure!(scene.events("MigrationAbandoned", VMI, "wild").await?.is_empty(), "there was nothing to abandon");
+    // It still runs where it was, and somebody can let it go.
+    let by = json!({
+        "apiVersion": "migvisor.io/v1alpha1", "kind": "MigrationOverride",
+        "metadata": { "name": "let-it-go", "namespace": scene.namespace },
+        "spec": { "vmiName": "wild", "reason": "the node has to go" },
+    });
+    scene.cluster.kubectl().accepts(&by.to_string()).await?;
+    let admitted = async || Ok(scene.rehearse(&evacuation(scene)).await?.success.then_some(()));
+    scene.until("the override to let an evacuation through", SOON, admitted).await
+}
+
+/// A migration of the wild VM such as a drain's.
+fn evacuation(scene: &Scene<'_>) -> Value {
+    scene.migration("rehearsal", "wild", &json!({ kubevirt::EVACUATION: "a-node" }))
+}
+
+/// In which words an evacuation of the wild VM is refused.
+async fn refusal(scene: &Scene<'_>) -> Result<String> {
+    let output = scene.rehearse(&evacuation(scene)).await?;
+    ensure!(!output.success && output.stderr.contains("denied the request: migvisor forecasts"), "{output:?}");
+    Ok(output.stderr)
+}
+
+/// Asks that the pod of a VM leaves its node, as a drain does; KubeVirt makes that an evacuation of the VM.
+async fn evict(scene: &Scene<'_>, vm: &str) -> Result<()> {
+    let pods: Api<Pod> = Api::namespaced(scene.cluster.client()?, &scene.namespace);
+    let launchers = ListParams::default().labels(&format!("{}={}", kubevirt::COMPONENT, kubevirt::LAUNCHER));
+    let of_vm = |pod: &Pod| pod.annotations().get(kubevirt::DOMAIN).is_some_and(|domain| domain == vm);
+    let pod = pods.list(&launchers).await?.items.into_iter().find(of_vm).context("it has no pod")?;
+    let refused = match pods.evict(&pod.name_any(), &EvictParams::default()).await {
+        Ok(status) => status.message,
+        Err(error) => error.to_string(),
+    };
+    ensure!(refused.contains("Eviction triggered evacuation of VMI"), "{refused}");
+    Ok(())
 }
 
 /// Waits for the migration of this VM that KubeVirt makes.

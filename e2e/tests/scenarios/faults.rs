@@ -8,10 +8,16 @@ use kube::{
     Api,
     api::{DeleteParams, ListParams},
 };
-use migvisor::{api::MigrationForecast, model::forecast::Verdict};
+use migvisor::{
+    api::{
+        MigrationForecast,
+        dry_run::{DryRunPhase, DryRunStatus},
+    },
+    model::forecast::Verdict,
+};
 use migvisor_e2e::{
     kubevirt::objects,
-    scenario::{Load, Scene},
+    scenario::{Load, Scene, VMIM},
 };
 use serde_json::json;
 
@@ -35,12 +41,12 @@ pub(crate) async fn a_vmi_deleted_in_every_phase(scene: &Scene<'_>) -> Result<()
                 // Two that go nowhere take the places of their node.
                 for blocker in ["blocker-1", "blocker-2"] {
                     scene.vm(blocker, Load::Idle).await?;
-                    go_nowhere(scene, blocker).await?;
+                    scene.migrate_nowhere(blocker, blocker).await?;
                     scene.reaches(blocker, &["Scheduling"], SOON).await?;
                 }
                 scene.migrate(&vm, &vm).await?;
             }
-            "Scheduling" => go_nowhere(scene, &vm).await?,
+            "Scheduling" => scene.migrate_nowhere(&vm, &vm).await?,
             _ => drop(scene.migrate(&vm, &vm).await?),
         }
         // Phases are short: a later one counts, and is told.
@@ -58,13 +64,6 @@ pub(crate) async fn a_vmi_deleted_in_every_phase(scene: &Scene<'_>) -> Result<()
         scene.until(&format!("everything of {vm} to go"), SOON, gone).await?;
     }
     Ok(())
-}
-
-/// Migrates a VM to where no node is: its target pod is never placed.
-async fn go_nowhere(scene: &Scene<'_>, vm: &str) -> Result<()> {
-    let mut manifest = scene.migration(vm, vm, &json!({}));
-    manifest["spec"]["addedNodeSelector"] = json!({ "e2e.migvisor.io/nobody": "has-this" });
-    scene.cluster.kubectl().accepts(&manifest.to_string()).await.map(drop)
 }
 
 /// While a migration is under way the API server is away for a while: the migration ends, its outcome is recorded, everybody goes on.
@@ -85,4 +84,46 @@ pub(crate) async fn the_api_server_is_restarted_in_between(scene: &Scene<'_>) ->
     scene.cluster.kubectl().rejects(&manifest, "denied the request: migvisor forecasts").await?;
     scene.vm("later", Load::Calm).await?;
     scene.answered("later", Verdict::Converges).await.map(drop)
+}
+
+/// The controller dies while it holds a migration: whoever leads next finds the gate and takes it off.
+pub(crate) async fn the_controller_dies_while_a_gate_is_on(scene: &Scene<'_>) -> Result<()> {
+    doubted(scene, "calm").await?;
+    let before = scene.leader().await?;
+    scene.held("calm-1", "calm").await?;
+    scene.cluster.kill_controller().await?;
+    scene.released("calm-1").await?;
+    let after = scene.leader().await?;
+    ensure!(before != after, "{before} was killed, and let it go");
+    ensure!(scene.ended("calm-1").await? == "Succeeded", "calm-1 did not migrate");
+    Ok(())
+}
+
+/// The agent dies in the middle of a dry run: the next one puts QEMU's settings back and begins anew, and the migration that waits for
+/// it goes its way.
+pub(crate) async fn the_agent_dies_in_a_dry_run(scene: &Scene<'_>) -> Result<()> {
+    doubted(scene, "calm").await?;
+    let node = scene.vmi("calm").await?["status"]["nodeName"].as_str().context("it runs nowhere")?.to_owned();
+    scene.held("calm-1", "calm").await?;
+    let on_its_way = |run: &DryRunStatus| run.phase == DryRunPhase::Running && run.iteration.is_some_and(|it| it > 0);
+    let first = scene.dry_run_that("calm", "is on its way", on_its_way).await?;
+    scene.cluster.kill_agent(&node).await?;
+    let again = |run: &DryRunStatus| run.id == first.id && run.phase == DryRunPhase::Done;
+    let second = scene.dry_run_that("calm", "was carried out by the next agent", again).await?;
+    let started = |run: &DryRunStatus| run.started_at.as_ref().map(|time| time.0);
+    ensure!(started(&second) > started(&first), "it was not begun anew: {first:?}, {second:?}");
+    scene.released("calm-1").await?;
+    ensure!(scene.ended("calm-1").await? == "Succeeded", "calm-1 did not migrate");
+    let abandoned = scene.events("MigrationAbandoned", VMIM, "calm-1").await?;
+    ensure!(abandoned.is_empty(), "{abandoned:?}");
+    Ok(())
+}
+
+/// A VM whose migration would be held for a dry run of some seconds: it converges, and yet no migration stops its guest for so little.
+async fn doubted(scene: &Scene<'_>, vm: &str) -> Result<()> {
+    scene.change_migrations(&json!({ "bandwidthPerMigration": "40Mi", "completionTimeoutPerGiB": 20 })).await?;
+    let spec = json!({ "mode": "Enforce", "sla": { "downtime": "1ms" }, "dryRun": { "mode": "OnDemand" } });
+    scene.prediction_policy("policy", &json!({}), spec).await?;
+    scene.vm(vm, Load::Calm).await?;
+    scene.answered(vm, Verdict::Borderline).await.map(drop)
 }

@@ -6,7 +6,11 @@
 mod admission;
 mod drains;
 mod faults;
+mod force;
+mod hold;
 mod outside;
+mod overrides;
+mod plan;
 mod scale;
 
 use std::{
@@ -33,8 +37,27 @@ const ALL: &[Scenario] = &[
     scenario!(outside::no_agent_hinders_nobody; NodeWithoutAgent),
     scenario!(outside::block_migration_is_untouched; WritableStatus),
     scenario!(outside::send_to_and_receive_are_untouched; DecentralizedMigration),
+    scenario!(hold::a_doubtful_migration_is_held_tried_out_and_moves),
+    scenario!(hold::what_was_tried_out_before_is_not_held),
+    scenario!(hold::what_its_dry_run_fails_is_abandoned),
+    scenario!(hold::what_is_denied_by_now_is_abandoned),
+    scenario!(hold::the_policy_changes_between_admission_and_hand_off),
+    scenario!(hold::hotplug_attachment_pods_are_not_gated; WritableStatus),
+    scenario!(force::what_its_dry_run_fails_is_forced_by_budget),
+    scenario!(force::what_its_dry_run_fails_is_forced_by_bandwidth),
+    scenario!(force::what_its_dry_run_fails_is_forced_by_auto_converge),
+    scenario!(force::force_outscores_a_persons_policy),
+    scenario!(force::what_forced_a_migration_goes_when_the_controller_died; KillController),
     scenario!(drains::a_node_with_a_wild_vm_is_evacuated; DrainNodes),
     scenario!(drains::a_workload_update_is_let_through; WorkloadUpdates, WritableStatus),
+    scenario!(drains::a_denied_evacuation_is_refused_and_stays_quiet),
+    scenario!(overrides::an_override_lets_through_and_expires),
+    scenario!(overrides::an_override_is_refused_to_whom_rbac_refuses_it),
+    scenario!(plan::plan_picks_what_exhaustive_search_picks),
+    scenario!(plan::plan_executes_is_interrupted_and_resumes; KillController),
+    scenario!(plan::plans_execute_is_refused_to_who_may_not_migrate),
+    scenario!(faults::the_controller_dies_while_a_gate_is_on; KillController),
+    scenario!(faults::the_agent_dies_in_a_dry_run; KillAgent),
     scenario!(faults::a_vmi_deleted_in_every_phase),
     scenario!(faults::the_api_server_is_restarted_in_between; RestartApiServer),
     scenario!(scale::fifty_migrations_at_once; ManyVms),
