@@ -39,8 +39,8 @@ pub(crate) async fn a_doubtful_migration_is_held_tried_out_and_moves(scene: &Sce
         ensure!(warning.contains(part), "{part:?} is missing in: {warning}");
     }
     let node = scene.vmi("settling").await?["status"]["nodeName"].clone();
-    let note = scene.released("settling-1").await?;
-    ensure!(note.contains("migvisor forecasts after a dry run"), "{note}");
+    let words = scene.released("settling-1").await?;
+    ensure!(words.contains("migvisor forecasts after a dry run"), "{words}");
     let run = scene.dry_run_that("settling", "was carried out", |run| run.phase == DryRunPhase::Done).await?;
     let result = run.result.as_ref().context("no result")?;
     ensure!(result.verdict == Verdict::Converges, "{run:?}");

@@ -1,4 +1,4 @@
-//! MigrationOverrides: let a VM's migrations through for a while, by whom RBAC allows to.
+//! A MigrationOverride lets the migrations of a VM through for a while, by whom RBAC allows to make one.
 
 use std::time::{Duration, Instant};
 
