@@ -9,7 +9,8 @@
 //! | rate in force | that, rounded down to whole MiB/s; another one only once it is off by more than 10 % |
 //! | bias of a method | median of ln(real / forecast) of the last [`REMEMBERED`], from [`ENOUGH`] on; it corrects nothing |
 //!
-//! Four odd rates in nine move a median no further than to the nearest of the others. Pairs with too few rates count together as one.
+//! Four odd rates in nine move a median no further than to the nearest of the others. Pairs with too few rates count together as
+//! one.
 
 use std::collections::BTreeMap;
 
@@ -139,8 +140,8 @@ impl Book {
         Ok(())
     }
 
-    /// As JSON of at most so many bytes: pairs of nodes that were used least recently are forgotten until it fits. `None` where the rest
-    /// does not fit either.
+    /// As JSON of at most so many bytes: pairs of nodes that were used least recently are forgotten until it fits. `None` where
+    /// the rest does not fit either.
     pub fn text(&mut self, most: usize) -> Option<String> {
         loop {
             // Such a structure has no keys that JSON cannot hold: it always becomes a text.
@@ -224,7 +225,8 @@ impl Book {
         self.pairs.values().map(BTreeMap::len).sum()
     }
 
-    /// The median of ln(real / forecast): above 0 where more was needed than foretold. `None`: too few forecasts have come to their end.
+    /// The median of ln(real / forecast): above 0 where more was needed than foretold. `None`: too few forecasts have come to
+    /// their end.
     pub fn bias(&self, method: Method, figure: Figure) -> Option<f64> {
         let errors = match method {
             Method::PatternCollector => self.pattern_collector.of(figure),

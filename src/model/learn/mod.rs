@@ -40,8 +40,8 @@ pub struct Transfer {
 }
 
 impl Transfer {
-    /// What the line carried. `None` where something else may have set the pace: the cap, zero pages, compression (fewer bytes than
-    /// pages), or too little was sent.
+    /// What the line carried. `None` where something else may have set the pace: the cap, zero pages, compression (fewer bytes
+    /// than pages), or too little was sent.
     pub fn line_rate(&self) -> Option<BytesPerSecond> {
         let ms = self.total.as_secs_f64() * 1000.0;
         let zeros_ms = self.zero_pages as f64 / HostConstants::default().zero_pages_per_ms;
@@ -60,9 +60,10 @@ fn is_a_line(rate: BytesPerSecond) -> bool {
 }
 
 fn whole(rate: f64) -> BytesPerSecond {
+    let rate = rate.clamp(0.0, 1e18);
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "clamped; what is no number becomes 0")]
-    let rate = rate.clamp(0.0, 1e18) as u64;
-    BytesPerSecond(rate)
+    let whole = rate as u64;
+    BytesPerSecond(whole)
 }
 
 /// What is foretold of a migration, and can be held against what it really was.

@@ -205,7 +205,9 @@ fn what_does_not_fit_is_what_was_used_least_recently() {
 proptest! {
     /// Fewer than half of the observations never decide, however odd they are.
     #[test]
-    fn outliers_stay_within_the_honest(honest in prop::collection::vec(50_u64..200, 5), odd in prop::collection::vec(1_u64..1_000_000, 0..5)) {
+    fn outliers_stay_within_the_honest(
+        honest in prop::collection::vec(50_u64..200, 5), odd in prop::collection::vec(1_u64..1_000_000, 0..5)
+    ) {
         let all: Vec<u64> = honest.iter().chain(&odd).copied().collect();
         let (low, high) = (*honest.iter().min().unwrap(), *honest.iter().max().unwrap());
         let rate = learned(&all).unwrap();
@@ -218,7 +220,9 @@ proptest! {
     }
 
     #[test]
-    fn no_lessons_break_a_book(lessons in prop::collection::vec((any::<u64>(), any::<u64>(), any::<f64>(), any::<f64>()), 0..40)) {
+    fn no_lessons_break_a_book(
+        lessons in prop::collection::vec((any::<u64>(), any::<u64>(), any::<f64>(), any::<f64>()), 0..40)
+    ) {
         let mut book = Book::default();
         for (at, bytes, real, forecast) in lessons {
             let sent = Transfer { wire: Bytes(bytes), total: Duration::from_millis(at % 100_000), ..transfer() };
