@@ -374,15 +374,27 @@ async fn story(plane: &ControlPlane) -> Result<()> {
     let pending = uid.clone().map(|uid| (uid, "Pending"));
     let held = scene.that("tells of the migration and withdraws", |it| told(it) == pending && dry_run_id(it).is_none()).await?;
     ensure!(ready(&held).as_deref() == Some("Fails") && held.status.and_then(|it| it.dry_run).is_some(), "the answer is gone");
+    // So early, so that the controller has seen it when the migration ends.
+    let truth = json!({
+        "migrationUID": uid, "converged": true, "totalTime": "4s", "pages": 100_000, "zeroPages": 0, "transferredBytes": 410_000_000,
+        "syncs": 4
+    });
+    apply(&scene.agent, AGENT_MIGRATION, "vm1", json!({ "lastMigration": truth })).await?;
     phase(&migrations, json!({ "phase": "Running" })).await?;
     let runs = uid.clone().map(|uid| (uid, "Running"));
     scene.that("says that it runs", |forecast| told(forecast) == runs).await?;
-    let (start, end) = ("2026-11-22T12:00:00Z", "2026-11-22T12:00:04Z");
-    let state = json!({ "migrationUid": uid, "startTimestamp": start, "endTimestamp": end, "completed": true, "failed": true });
-    phase(&migrations, json!({ "phase": "Failed", "migrationState": state })).await?;
+    let now = jiff::Timestamp::now();
+    let (start, end) = ((now - jiff::SignedDuration::from_secs(4)).to_string(), now.to_string());
+    let state = json!({
+        "migrationUid": uid, "startTimestamp": start, "endTimestamp": end, "completed": true, "sourceNode": "node-a",
+        "targetNode": "node-b"
+    });
+    phase(&migrations, json!({ "phase": "Succeeded", "migrationState": state })).await?;
     let ended = |forecast: &MigrationForecast| forecast.status.as_ref().is_some_and(|status| status.outcome.is_some());
     scene.that("has its outcome and tells of nothing", |it| told(it).is_none() && ended(it)).await?;
     event_in(plane, "MigrationForecastOutcome", "VirtualMachineInstanceMigration", "m1").await?;
+    let kept = async || Ok(plane.calls("controller")?.0.contains("patch /configmaps").then_some(()));
+    wait_for("what was learned to be kept", SOON, kept).await?;
 
     carried_out(&scene).await?;
 
