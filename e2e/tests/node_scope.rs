@@ -333,6 +333,24 @@ async fn gates(pods: &Api<Pod>, name: &str) -> Result<Vec<String>> {
     Ok(gates.into_iter().map(|gate| gate.name).collect())
 }
 
+/// What a person asks for stays, whatever the manager writes beside it.
+async fn stands(scene: &Scene<'_>) -> Result<()> {
+    println!("--- what a person asks for stands, whatever the manager writes");
+    scene
+        .kubectl(&["patch", "mf", "vm1", "--type=merge", "-p", r#"{"spec":{"dryRun":{"id":"by-hand","deadline":null}}}"#])
+        .await?;
+    scene.kubectl(&["patch", "pp", "house", "--type=merge", "-p", r#"{"spec":{"bandwidth":"32Mi"}}"#]).await?;
+    let asked = scene.that("asks for another bandwidth", |forecast| forecast.spec.bandwidth.0 == "32Mi").await?;
+    ensure!(dry_run_id(&asked) == Some("by-hand"), "{:?}", asked.spec);
+    // The same event again is counted, not made anew.
+    scene.answer(Verdict::Fails).await?;
+    let counted = async || Ok(scene.plane.calls("controller")?.0.contains("patch events.k8s.io/events").then_some(()));
+    wait_for("the event to be counted on", SOON, counted).await?;
+    let asked = scene.that("is there", |_| true).await?;
+    ensure!(dry_run_id(&asked) == Some("by-hand"), "the manager fought: {:?}", asked.spec);
+    Ok(())
+}
+
 /// A plan, until the migration that it makes has gone again.
 async fn carried_out(scene: &Scene<'_>) -> Result<()> {
     let migrations = vmims(&scene.plane.client()?, NAMESPACE);
@@ -418,32 +436,32 @@ async fn story(plane: &ControlPlane) -> Result<()> {
     let pending = uid.clone().map(|uid| (uid, "Pending"));
     let held = scene.that("tells of the migration and withdraws", |it| told(it) == pending && dry_run_id(it).is_none()).await?;
     ensure!(ready(&held).as_deref() == Some("Fails") && held.status.and_then(|it| it.dry_run).is_some(), "the answer is gone");
+    // So early, so that the controller has seen it when the migration ends.
+    let truth = json!({
+        "migrationUID": uid, "converged": true, "totalTime": "4s", "pages": 100_000, "zeroPages": 0, "transferredBytes": 410_000_000,
+        "syncs": 4
+    });
+    apply(&scene.agent, AGENT_MIGRATION, "vm1", json!({ "lastMigration": truth })).await?;
     phase(&migrations, json!({ "phase": "Running" })).await?;
     let runs = uid.clone().map(|uid| (uid, "Running"));
     scene.that("says that it runs", |forecast| told(forecast) == runs).await?;
-    let (start, end) = ("2026-11-22T12:00:00Z", "2026-11-22T12:00:04Z");
-    let state = json!({ "migrationUid": uid, "startTimestamp": start, "endTimestamp": end, "completed": true, "failed": true });
-    phase(&migrations, json!({ "phase": "Failed", "migrationState": state })).await?;
+    let now = jiff::Timestamp::now();
+    let (start, end) = ((now - jiff::SignedDuration::from_secs(4)).to_string(), now.to_string());
+    let state = json!({
+        "migrationUid": uid, "startTimestamp": start, "endTimestamp": end, "completed": true, "sourceNode": "node-a",
+        "targetNode": "node-b"
+    });
+    phase(&migrations, json!({ "phase": "Succeeded", "migrationState": state })).await?;
     let ended = |forecast: &MigrationForecast| forecast.status.as_ref().is_some_and(|status| status.outcome.is_some());
     scene.that("has its outcome and tells of nothing", |it| told(it).is_none() && ended(it)).await?;
     event_in(plane, "MigrationForecastOutcome", "VirtualMachineInstanceMigration", "m1").await?;
+    let kept = async || Ok(plane.calls("controller")?.0.contains("patch /configmaps").then_some(()));
+    wait_for("what was learned to be kept", SOON, kept).await?;
 
     forced(&scene).await?;
     carried_out(&scene).await?;
 
-    println!("--- what a person asks for stands, whatever the manager writes");
-    scene
-        .kubectl(&["patch", "mf", "vm1", "--type=merge", "-p", r#"{"spec":{"dryRun":{"id":"by-hand","deadline":null}}}"#])
-        .await?;
-    scene.kubectl(&["patch", "pp", "house", "--type=merge", "-p", r#"{"spec":{"bandwidth":"32Mi"}}"#]).await?;
-    let asked = scene.that("asks for another bandwidth", |forecast| forecast.spec.bandwidth.0 == "32Mi").await?;
-    ensure!(dry_run_id(&asked) == Some("by-hand"), "{:?}", asked.spec);
-    // The same event again is counted, not made anew.
-    scene.answer(Verdict::Fails).await?;
-    let counted = async || Ok(plane.calls("controller")?.0.contains("patch events.k8s.io/events").then_some(()));
-    wait_for("the event to be counted on", SOON, counted).await?;
-    let asked = scene.that("is there", |_| true).await?;
-    ensure!(dry_run_id(&asked) == Some("by-hand"), "the manager fought: {:?}", asked.spec);
+    stands(&scene).await?;
 
     println!("--- a VM that has ended");
     let over = Patch::Merge(json!({ "status": { "phase": "Succeeded" } }));

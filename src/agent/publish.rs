@@ -138,7 +138,7 @@ fn made_anew(status: &kube::core::Status) -> bool {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use crate::api::forecast::Outcome;
+    use crate::api::migration::Outcome;
 
     #[test]
     fn other_managers_fields_are_not_sent() {

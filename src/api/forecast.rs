@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     dry_run::{DryRun, DryRunStatus},
-    migration::{InFlight, LastMigration},
+    migration::{InFlight, LastMigration, Outcome},
     remedy::{self, Remedy, RemedyAnswers},
     scalar::{Duration, Quantity},
     schema,
@@ -110,7 +110,7 @@ pub struct MigrationForecastSpec {
 }
 
 /// Where a bandwidth was taken from: `MigrationConfiguration` (the KubeVirt object), `MigrationPolicy` (KubeVirt's), `PredictionPolicy` (ours),
-/// or `Unlimited` (nothing caps it: the line decides).
+/// `Learned` (what earlier migrations from the node achieved), or `Unlimited` (nothing caps it: the line decides).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum BandwidthSource {
     /// KubeVirt's `bandwidthPerMigration`.
@@ -119,6 +119,8 @@ pub enum BandwidthSource {
     MigrationPolicy,
     /// The policy's `bandwidth`.
     PredictionPolicy,
+    /// What earlier migrations from the node achieved.
+    Learned,
     /// Nothing caps it.
     Unlimited,
 }
@@ -364,34 +366,4 @@ pub struct CurvePoint {
     /// Distinct pages written within it.
     #[schemars(schema_with = "schema::count")]
     pub pages: u64,
-}
-
-/// A migration that ended, beside the forecast it started with.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase")]
-pub struct Outcome {
-    /// Name of the VirtualMachineInstanceMigration.
-    pub migration_name: String,
-    /// Its UID.
-    #[serde(rename = "migrationUID")]
-    pub migration_uid: String,
-    /// How it ended: `Succeeded` or `Failed`.
-    pub phase: String,
-    /// When it ended.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(schema_with = "schema::optional_time")]
-    pub completed_at: Option<Time>,
-    /// How long it took; absent where it never started.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub total_time: Option<Duration>,
-    /// How long it was forecast to take.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub forecast_total_time: Option<Duration>,
-    /// (forecast − real) / real of the total time; absent where either is missing or it failed.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub relative_error: Option<f64>,
-    /// The verdict that it started with.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(schema_with = "schema::optional_verdict")]
-    pub verdict: Option<Verdict>,
 }

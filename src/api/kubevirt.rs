@@ -247,6 +247,15 @@ pub struct MigrationState {
     /// The MigrationPolicy that it runs under; empty: none.
     #[serde(deserialize_with = "lenient")]
     pub migration_policy_name: String,
+    /// The configuration that it runs under, as it was when it was handed over.
+    #[serde(deserialize_with = "lenient")]
+    pub migration_configuration: Option<MigrationConfiguration>,
+    /// The node that it leaves.
+    #[serde(deserialize_with = "lenient")]
+    pub source_node: String,
+    /// The node that it goes to.
+    #[serde(deserialize_with = "lenient")]
+    pub target_node: String,
 }
 
 impl VirtualMachineInstance {

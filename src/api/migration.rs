@@ -1,4 +1,5 @@
-//! Real migrations in a forecast: the manager's hint that one is under way, what the agent reads of it, the truth at its end.
+//! Real migrations in a forecast: the manager's hint that one is under way, what the agent reads of it, the truth at its end, the outcome
+//! beside the forecast.
 //!
 //! In: what an API server stores. Out: the same, typed. The hint is annotations of the manager's (see [`super::names::hint`]); the rest
 //! is status, the agent's, which only reads: nothing here changes a migration.
@@ -11,6 +12,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{forecast::MigrationForecast, kubevirt::VirtualMachineInstanceMigration, names::hint, scalar::Duration, schema};
+use crate::model::forecast::{Method, Verdict};
 
 /// How far a migration is, as far as an agent cares.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -152,6 +154,65 @@ pub struct LastMigration {
     /// Passes over the memory (QEMU's `ram.dirty-sync-count`).
     #[schemars(schema_with = "schema::count")]
     pub syncs: u64,
+}
+
+/// A migration that ended, beside the forecast it started with. The manager's.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Outcome {
+    /// Name of the VirtualMachineInstanceMigration.
+    pub migration_name: String,
+    /// Its UID.
+    #[serde(rename = "migrationUID")]
+    pub migration_uid: String,
+    /// How it ended: `Succeeded` or `Failed`.
+    pub phase: String,
+    /// When it ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "schema::optional_time")]
+    pub completed_at: Option<Time>,
+    /// How long it took, as QEMU told, else as KubeVirt did, in whole seconds; absent where it never started.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub total_time: Option<Duration>,
+    /// How long it was forecast to take.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub forecast_total_time: Option<Duration>,
+    /// (forecast − real) / real of the total time; absent where either is missing, it failed, or it was another migration than the one that was
+    /// forecast: forced, throttled, post-copy.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub relative_error: Option<f64>,
+    /// How long the guest was stopped, as QEMU told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub downtime: Option<Duration>,
+    /// How long it was forecast to be stopped.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub forecast_downtime: Option<Duration>,
+    /// As `relativeError`, of the downtime.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub downtime_error: Option<f64>,
+    /// Pages sent, as QEMU told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "schema::optional_count")]
+    pub pages: Option<u64>,
+    /// Pages that were forecast.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "schema::optional_count")]
+    pub forecast_pages: Option<u64>,
+    /// As `relativeError`, of the pages.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pages_error: Option<f64>,
+    /// How the forecast was made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "schema::optional_method")]
+    pub method: Option<Method>,
+    /// The median of ln(real / forecast) of the total times of the forecasts before it that were made so: above 0, migrations took longer than
+    /// foretold. Absent where there were too few. No forecast is corrected by it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub method_bias: Option<f64>,
+    /// The verdict that it started with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "schema::optional_verdict")]
+    pub verdict: Option<Verdict>,
 }
 
 #[cfg(test)]

@@ -54,6 +54,9 @@ pub struct PredictionPolicySpec {
     /// What a migration can count on, bytes per second, where that is less than KubeVirt's own cap. Absent or 0: that cap alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bandwidth: Option<Quantity>,
+    /// Whether forecasts go by what earlier migrations from the VM's node achieved: `Use` or `Ignore`.
+    #[serde(default)]
+    pub learned_bandwidth: LearnedBandwidth,
     /// When a migration is tried out without delivering it. Absent: never.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dry_run: Option<DryRunPolicy>,
@@ -68,6 +71,16 @@ pub struct PredictionPolicySpec {
     /// What `Enforce` does to evacuations (drains, evictions, the descheduler's too) and workload updates.
     #[serde(default)]
     pub evacuations: Evacuations,
+}
+
+/// What becomes of the bandwidth that earlier migrations from a VM's node achieved: `Use` it, or `Ignore` it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
+pub enum LearnedBandwidth {
+    /// It is the line's: forecasts count on no more.
+    #[default]
+    Use,
+    /// Forecasts count on KubeVirt's cap and the policy's `bandwidth` alone, over a line that is assumed.
+    Ignore,
 }
 
 /// How migrations are held back: by a scheduling gate on the target pod, so that nothing is transferred meanwhile. A held migration takes one

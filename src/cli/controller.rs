@@ -42,7 +42,7 @@ pub struct ControllerArgs {
     /// Who this replica is among the others: its pod's name. Default: a name of its own
     #[arg(long, env = "POD_NAME", value_name = "NAME")]
     identity: Option<String>,
-    /// Where the Lease of the leader lives
+    /// Where the Lease of the leader lives, and what it learns
     #[arg(long, env = "POD_NAMESPACE", value_name = "NAMESPACE", default_value = "default")]
     lease_namespace: String,
     /// How long admission still answers after SIGTERM, until no request is sent here any more
@@ -98,7 +98,8 @@ pub async fn run(args: ControllerArgs) -> Result<(), ControllerError> {
     tracing::info!(admission = %admission.local_addr(), health = %health.local_addr(), "serving");
 
     let identity = args.identity.unwrap_or_else(unique_identity);
-    let lease = LeaseOptions::new(args.lease_namespace, names::LEASE, identity.clone());
+    let namespace = args.lease_namespace;
+    let lease = LeaseOptions::new(namespace.clone(), names::LEASE, identity.clone());
     let (leadership, election) = lease::elect(client.clone(), lease, shutdown.clone());
 
     let (knowledge, feeds) = Knowledge::new();
@@ -115,7 +116,7 @@ pub async fn run(args: ControllerArgs) -> Result<(), ControllerError> {
             }
         }
     };
-    let options = Options { identity: Some(identity), ..Options::default() };
+    let options = Options { identity: Some(identity), namespace, ..Options::default() };
     let ending = {
         let shutdown = shutdown.clone();
         async move { shutdown.draining().await }

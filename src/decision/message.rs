@@ -164,7 +164,9 @@ fn needs(forecast: &Forecast) -> String {
 
 fn ways_out(input: &Input<'_>, present: &MigrationForecastSpec, forecast: &Forecast, action: Action) -> Vec<String> {
     let mut ways = Vec::new();
-    let capped = matches!(present.bandwidth.bandwidth(), Ok(Bandwidth::Capped(_)));
+    // Where the line is the limit no cap is to be raised.
+    let capped =
+        present.bandwidth_source != BandwidthSource::Learned && matches!(present.bandwidth.bandwidth(), Ok(Bandwidth::Capped(_)));
     if let (Some(rate), true) = (forecast.least_convergent_bandwidth, capped) {
         let rate = whole_mebibytes(rate);
         ways.push(match (present.bandwidth_source, input.policy) {

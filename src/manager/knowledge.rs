@@ -25,6 +25,7 @@ use super::{
 use crate::{
     api::{
         MigrationForecast, MigrationForecastSpec, MigrationOverride, PredictionPolicy,
+        forecast::HostConstants,
         kubevirt::{KubeVirt, MigrationPolicy, VirtualMachineInstance, VirtualMachineInstanceMigration},
         migration_override,
         policy::{self, Evacuations},
@@ -218,9 +219,25 @@ impl Knowledge {
         self.kubevirts.state().into_iter().min_by_key(|kubevirt| (kubevirt.namespace(), kubevirt.name_any()))
     }
 
-    /// What should be asked about a VM now.
+    /// What should be asked about a VM now, with what the leader has learned of its node so far.
     pub fn desired(&self, vmi: &VirtualMachineInstance, policy: Option<&PredictionPolicy>) -> Desired {
-        question::desired(vmi, &self.effective(vmi), policy)
+        self.desired_with(vmi, policy, self.asked_with(vmi).as_ref())
+    }
+
+    /// The same with this that has been learned.
+    pub fn desired_with(
+        &self,
+        vmi: &VirtualMachineInstance,
+        policy: Option<&PredictionPolicy>,
+        learned: Option<&HostConstants>,
+    ) -> Desired {
+        question::desired(vmi, &self.effective(vmi), policy, learned)
+    }
+
+    /// What the leader has learned of the VM's node, as the question is asked: every replica reads the same there, with no word of its own.
+    pub fn asked_with(&self, vmi: &VirtualMachineInstance) -> Option<HostConstants> {
+        let stored = self.forecast(vmi.metadata.namespace.as_deref().unwrap_or_default(), &vmi.name_any())?;
+        stored.spec.host.clone().filter(|_| stored.spec.node_name == vmi.status.node_name)
     }
 
     /// The migration of that UID.

@@ -14,6 +14,7 @@
 //! | [`force`] | pure: the MigrationPolicy that applies a remedy to one migration, and when it has served |
 //! | [`hold`] | pure: which migrations are held, and what becomes of them |
 //! | [`observe`] | pure: from what is known to what should be written |
+//! | `learn` | learns from migrations that have ended, and keeps that |
 //! | `gate` | carries out what is to become of held and forced migrations |
 //! | `apply` | writes |
 //! | `memory` | what the leader remembers, so that nothing is told twice |
@@ -26,6 +27,7 @@ pub mod force;
 mod gate;
 pub mod hold;
 pub mod knowledge;
+mod learn;
 mod memory;
 pub mod metrics;
 pub mod observe;
@@ -61,6 +63,7 @@ use self::{
     gate::Case,
     hold::Step,
     knowledge::Candidate,
+    learn::Ledger,
     memory::Memory,
     question::Desired,
     queue::Queue,
@@ -83,6 +86,8 @@ const QUEUED: Duration = Duration::from_secs(30);
 pub struct Options {
     /// Who we are, for events: the pod's name.
     pub identity: Option<String>,
+    /// The controllers' own: there is kept what was learned.
+    pub namespace: String,
     /// How many VMs are written about at once.
     pub concurrency: usize,
     /// Everything is looked at again this often, whether or not a watch told of a change.
@@ -91,7 +96,7 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { identity: None, concurrency: 16, resync: Duration::from_secs(10 * 60) }
+        Self { identity: None, namespace: "default".to_owned(), concurrency: 16, resync: Duration::from_secs(10 * 60) }
     }
 }
 
@@ -113,6 +118,7 @@ pub async fn run(
         writer,
         metrics: metrics.clone(),
         memory: Mutex::default(),
+        ledger: Ledger::default(),
         is_leader: Box::new(is_leader),
         leading: AtomicBool::new(false),
     });
@@ -120,10 +126,12 @@ pub async fn run(
         () = watch::all(&client, feeds, &metrics, &sender) => {}
         () = work(&manager, &options, changes) => {}
         () = plan::planner::run(&client, &manager) => {}
+        () = learn::run(&client, &options.namespace, &manager) => {}
         () = shutdown => {}
     }
     if manager.leading.load(Ordering::Relaxed) {
         manager.let_everything_go().await;
+        manager.keep_at_the_end(&client, &options.namespace).await;
     }
 }
 
@@ -202,6 +210,8 @@ struct Manager {
     writer: Writer,
     metrics: ManagerMetrics,
     memory: Mutex<HashMap<Key, Memory>>,
+    /// What migrations have taught.
+    ledger: Ledger,
     is_leader: Box<dyn Fn() -> bool + Send + Sync>,
     /// We led when that was last looked at: what is held is ours to let go.
     leading: AtomicBool,
@@ -231,6 +241,7 @@ impl Manager {
 
     fn forget_all(&self) {
         self.memory.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        self.unlearn();
     }
 
     /// Brings what is written about one VM in line with what is known of it. Returns when to look again.
@@ -278,7 +289,8 @@ impl Manager {
         cases: &[Case],
     ) -> Result<Asked, WriteError> {
         let policy = self.knowledge.policy(vmi);
-        match self.knowledge.desired(vmi, policy.as_deref()) {
+        let learned = self.ledger.host(&vmi.status.node_name, || self.knowledge.asked_with(vmi));
+        match self.knowledge.desired_with(vmi, policy.as_deref(), learned.as_ref()) {
             Desired::Ask(mut spec) => {
                 if let Some(left) = observe::hand_over(vmi, &spec.node_name, stored, Timestamp::now()) {
                     return Ok(Asked::Later(left));
@@ -330,7 +342,8 @@ impl Manager {
         let decision = self.knowledge.judge(Candidate::nobodys(&key.namespace, &key.name), now).decision;
         let memory = self.remember(key, |memory| memory.clone());
         let ended = observe::unrecorded(migrations, Some(vmi), stored).filter(|migration| migration.uid() != memory.recorded);
-        let outcome = ended.map(|migration| observe::outcome(migration, Some(vmi), Some(stored)));
+        self.ledger.note(stored);
+        let outcome = ended.map(|migration| self.outcome(migration, vmi, stored));
 
         let own = observe::own_status(stored, &decision, outcome.clone(), now);
         if observe::differs(stored, &own) {
@@ -338,11 +351,7 @@ impl Manager {
         }
         if let (Some(migration), Some(outcome)) = (ended, outcome) {
             self.remember(key, |memory| memory.recorded = migration.uid());
-            let verdict = format!("{:?}", outcome.verdict.unwrap_or(Verdict::Unknown));
-            self.metrics.outcomes.with_label_values(&[outcome.phase.as_str(), &verdict]).inc();
-            if let Some(error) = outcome.relative_error {
-                self.metrics.forecast_error.with_label_values(&[&verdict]).observe(error.abs());
-            }
+            self.learn(migration, vmi, stored, &outcome);
             self.writer.notify(&migration.object_ref(&()), observe::outcome_notice(&outcome)).await;
         }
         let before = memory.told.map(|verdict| format!("{verdict:?}"));

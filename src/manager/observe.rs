@@ -15,10 +15,10 @@ use super::question;
 use crate::{
     api::{
         MigrationForecast, MigrationForecastSpec,
-        forecast::{FRESH, Outcome},
+        forecast::FRESH,
         kubevirt::{MigrationState, VirtualMachineInstance, VirtualMachineInstanceMigration},
-        migration::Hint,
-        names::{annotation, reason},
+        migration::{Hint, LastMigration, Outcome},
+        names::{FORCE_PREFIX, annotation, reason},
         scalar,
     },
     decision::{Action, Decision},
@@ -143,7 +143,7 @@ pub fn unrecorded<'a, M: AsRef<VirtualMachineInstanceMigration>>(
 }
 
 /// The migration's own state, else the VM's where that is of this migration.
-fn state<'a>(
+pub fn state<'a>(
     migration: &'a VirtualMachineInstanceMigration,
     vmi: Option<&'a VirtualMachineInstance>,
 ) -> Option<&'a MigrationState> {
@@ -157,6 +157,21 @@ fn ended(migration: &VirtualMachineInstanceMigration, vmi: Option<&VirtualMachin
     end.or(migration.metadata.creation_timestamp.as_ref()).map(|time| time.0)
 }
 
+/// What QEMU told of this migration at its end, where the agent has written that.
+pub fn truth<'a>(
+    migration: &VirtualMachineInstanceMigration,
+    forecast: Option<&'a MigrationForecast>,
+) -> Option<&'a LastMigration> {
+    let last = forecast?.status.as_ref()?.last_migration.as_ref()?;
+    (last.migration_uid.is_some() && last.migration_uid == migration.metadata.uid).then_some(last)
+}
+
+/// Was it plain pre-copy under the configuration that was foretold? One that was forced was not, nor is the end of one that was
+/// switched to post-copy or paused.
+fn is_plain(state: &MigrationState) -> bool {
+    matches!(state.mode.as_str(), "" | "PreCopy") && !state.migration_policy_name.starts_with(FORCE_PREFIX)
+}
+
 /// A migration that ended, beside the forecast that it started with: the one in its annotations, else the present one if that was made
 /// before the start.
 pub fn outcome(
@@ -167,7 +182,11 @@ pub fn outcome(
     let state = state(migration, vmi);
     let start = state.and_then(|state| state.start_timestamp.as_ref()).map(|time| time.0);
     let end = state.and_then(|state| state.end_timestamp.as_ref()).map(|time| time.0);
-    let real = start.zip(end).and_then(|(start, end)| Duration::try_from(end.duration_since(start)).ok());
+    let seconds = start.zip(end).and_then(|(start, end)| Duration::try_from(end.duration_since(start)).ok());
+    let succeeded = migration.status.phase == "Succeeded";
+    let truth = truth(migration, forecast).filter(|truth| truth.converged && succeeded);
+    let real = truth.map(|truth| truth.total_time).or(seconds.map(scalar::Duration));
+    let (downtime, pages) = (truth.and_then(|truth| truth.downtime), truth.map(|truth| truth.pages));
 
     let annotated =
         migration.annotations().get(annotation::FORECAST).and_then(|json| serde_json::from_str::<Forecast>(json).ok());
@@ -176,19 +195,30 @@ pub fn outcome(
         let measured = status.measured_at.as_ref()?.0;
         (measured <= start?).then(|| status.forecast()).flatten()
     });
-    let succeeded = migration.status.phase == "Succeeded";
-    let foretold_ms = foretold.as_ref().filter(|forecast| forecast.verdict != Verdict::Fails).map(|forecast| forecast.total_ms);
-    let real_ms = real.map(|real| real.as_secs_f64() * 1000.0);
-    let relative_error =
-        foretold_ms.zip(real_ms).filter(|(_, real)| succeeded && *real > 0.0).map(|(told, real)| (told - real) / real);
+    let told = foretold.as_ref().filter(|forecast| forecast.verdict != Verdict::Fails);
+    let (told_total, told_downtime) = (told.map(|told| told.total_ms), told.and_then(|told| told.downtime_ms));
+    let told_pages = told.map(|told| told.dirtied_pages);
+    let comparable = succeeded && state.is_none_or(is_plain);
+    let error = |told: Option<f64>, real: Option<f64>| {
+        let error = told.zip(real).filter(|(_, real)| comparable && *real > 0.0).map(|(told, real)| (told - real) / real);
+        error.filter(|error| error.is_finite()).map(|error| (error * 1e4).round() / 1e4)
+    };
     Outcome {
         migration_name: migration.name_any(),
         migration_uid: migration.uid().unwrap_or_default(),
         phase: migration.status.phase.clone(),
         completed_at: end.map(Time),
-        total_time: real.map(scalar::Duration),
-        forecast_total_time: foretold_ms.map(scalar::Duration::from_ms),
-        relative_error: relative_error.filter(|error| error.is_finite()).map(|error| (error * 1e4).round() / 1e4),
+        total_time: real,
+        forecast_total_time: told_total.map(scalar::Duration::from_ms),
+        relative_error: error(told_total, real.map(scalar::Duration::as_ms)),
+        downtime,
+        forecast_downtime: told_downtime.map(scalar::Duration::from_ms),
+        downtime_error: error(told_downtime, downtime.map(scalar::Duration::as_ms)),
+        pages,
+        forecast_pages: told_pages,
+        pages_error: error(told_pages.map(|pages| pages as f64), pages.map(|pages| pages as f64)),
+        method: foretold.as_ref().map(|forecast| forecast.method),
+        method_bias: None,
         verdict: Some(foretold.map_or(Verdict::Unknown, |forecast| forecast.verdict)),
     }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 
 use super::*;
-use crate::decision::Action;
+use crate::{decision::Action, model::forecast::Method};
 
 fn now() -> Timestamp {
     "2026-11-22T12:00:00Z".parse().unwrap()
@@ -83,6 +83,50 @@ fn an_outcome_is_held_against_the_forecast_it_started_with() {
     assert_eq!(outcome_notice(&never).note, "Migration succeeded: there was no forecast, it never started.");
     let backwards = outcome_of(&json!({ "status": { "migrationState": { "endTimestamp": "2026-11-22T11:54:00Z" } } }));
     assert_eq!(backwards.total_time, None, "clocks may jump");
+}
+
+/// Of `m1`, to the millisecond.
+fn told_by_qemu(changes: &Value) -> MigrationForecast {
+    let mut status = answer();
+    status["lastMigration"] = json!({
+        "migrationUID": "uid-m1", "converged": true, "totalTime": "3.1s", "downtime": "200ms", "pages": 100_000, "zeroPages": 1,
+        "transferredBytes": 1, "syncs": 4
+    });
+    json_patch::merge(&mut status["lastMigration"], changes);
+    forecast(&status)
+}
+
+#[test]
+fn what_qemu_told_counts_before_kubevirts_whole_seconds() {
+    let beside = |changes: &Value, truth: &Value| outcome(&migration(changes), None, Some(&told_by_qemu(truth)));
+    let none = json!({});
+    let good = beside(&none, &none);
+    assert_eq!((good.total_time.unwrap().human(), good.relative_error), ("3.1 s".into(), Some(0.2)));
+    assert_eq!((good.downtime.unwrap().human(), good.forecast_downtime.unwrap().human()), ("200 ms".into(), "220 ms".into()));
+    assert_eq!((good.downtime_error, good.method), (Some(0.1), Some(Method::PatternCollector)));
+    assert_eq!((good.pages, good.forecast_pages, good.pages_error), (Some(100_000), Some(90_000), Some(-0.1)));
+    let back: Outcome = serde_json::from_str(&serde_json::to_string(&good).unwrap()).unwrap();
+    assert_eq!(back, good, "it settles");
+
+    // Of another migration, or one that QEMU gave up.
+    for odd in [json!({ "migrationUID": "uid-m0" }), json!({ "migrationUID": null }), json!({ "converged": false })] {
+        let other = beside(&none, &odd);
+        assert_eq!((other.total_time.unwrap().human(), other.relative_error), ("4 s".into(), Some(-0.07)), "{odd}");
+        assert_eq!((other.downtime, other.pages, other.pages_error), (None, None, None), "{odd}");
+    }
+}
+
+#[test]
+fn a_migration_that_was_not_the_one_foretold_is_no_error_of_the_forecast() {
+    for state in [json!({ "migrationPolicyName": "migvisor-uid-m1" }), json!({ "mode": "PostCopy" }), json!({ "mode": "Paused" })]
+    {
+        let forced = json!({ "status": { "migrationState": state } });
+        let outcome = outcome(&migration(&forced), None, Some(&told_by_qemu(&json!({}))));
+        assert!(outcome.total_time.is_some() && outcome.forecast_total_time.is_some(), "{state}");
+        assert_eq!((outcome.relative_error, outcome.downtime_error, outcome.pages_error), (None, None, None), "{state}");
+    }
+    let theirs = json!({ "status": { "migrationState": { "migrationPolicyName": "gold", "mode": "PreCopy" } } });
+    assert!(outcome(&migration(&theirs), None, Some(&told_by_qemu(&json!({})))).relative_error.is_some());
 }
 
 #[test]

@@ -1,4 +1,5 @@
-//! What should be asked about a VM: from the VM, KubeVirt's configuration and the policies to the spec of its MigrationForecast. Pure.
+//! What should be asked about a VM: from the VM, KubeVirt's configuration, the policies and what has been learned of its node to
+//! the spec of its MigrationForecast. Pure.
 //!
 //! Admission computes the same: an answer to any other question does not count.
 
@@ -11,11 +12,11 @@ use crate::{
     api::{
         MigrationForecast, MigrationForecastSpec, PredictionPolicy,
         dry_run::Compression,
-        forecast::{BandwidthSource, BudgetEnd},
+        forecast::{BandwidthSource, BudgetEnd, HostConstants},
         kubevirt::{KubeVirt, MigrationConfiguration, MigrationPolicy, VirtualMachineInstance},
         migration::Hint,
         names::{NODE_LABEL, hint},
-        policy::Mode,
+        policy::{LearnedBandwidth, Mode},
         remedy::{Remedy, RemedyType},
         scalar::Quantity,
     },
@@ -141,8 +142,13 @@ pub enum Desired {
     Nothing,
 }
 
-/// What should be asked about this VM now.
-pub fn desired(vmi: &VirtualMachineInstance, effective: &Effective, policy: Option<&PredictionPolicy>) -> Desired {
+/// What should be asked about this VM now. `learned`: of the node that it is on; the policy may have it ignored.
+pub fn desired(
+    vmi: &VirtualMachineInstance,
+    effective: &Effective,
+    policy: Option<&PredictionPolicy>,
+    learned: Option<&HostConstants>,
+) -> Desired {
     match vmi.status.phase.as_str() {
         "Running" => {}
         "Succeeded" | "Failed" => return Desired::Nothing,
@@ -156,8 +162,9 @@ pub fn desired(vmi: &VirtualMachineInstance, effective: &Effective, policy: Opti
     let (Some(pod_uid), Some(guest_memory), false) = (vmi.pod_uid(), guest_memory(vmi), vmi.status.node_name.is_empty()) else {
         return Desired::Wait;
     };
-    let (bandwidth, bandwidth_source) = offered(effective, policy);
     let spec = policy.map(|policy| &policy.spec);
+    let learned = learned.filter(|_| spec.is_none_or(|spec| spec.learned_bandwidth == LearnedBandwidth::Use));
+    let (bandwidth, bandwidth_source) = achievable(offered(effective, policy), learned);
     Desired::Ask(Box::new(MigrationForecastSpec {
         node_name: vmi.status.node_name.clone(),
         pod_uid: pod_uid.to_owned(),
@@ -168,7 +175,7 @@ pub fn desired(vmi: &VirtualMachineInstance, effective: &Effective, policy: Opti
         time_budget: time_budget(effective.completion_timeout_per_gib, guest_memory).map(Into::into),
         sla: spec.and_then(|spec| spec.sla),
         cost_weights: spec.and_then(|spec| spec.cost_weights),
-        host: None,
+        host: learned.cloned(),
         policy: policy.map(ResourceExt::name_any),
         when_budget_ends: effective.when_budget_ends,
         auto_converge: effective.auto_converge,
@@ -207,6 +214,16 @@ fn offered(effective: &Effective, policy: Option<&PredictionPolicy>) -> (Quantit
         (_, Ok(None)) => theirs,
         (Some(cap), Ok(Some(rate))) if rate >= cap => theirs,
         (_, Ok(Some(rate))) => (Bandwidth::Capped(rate).into(), BandwidthSource::PredictionPolicy),
+    }
+}
+
+/// No more than earlier migrations achieved. That is the line's, and the question says so of the line, too: downtime goes by it, with
+/// a lower cap as well.
+fn achievable(offered: (Quantity, BandwidthSource), learned: Option<&HostConstants>) -> (Quantity, BandwidthSource) {
+    let line = learned.and_then(|host| host.line_rate.as_ref()?.rate().ok());
+    match (line, offered.0.bandwidth().map(Bandwidth::cap)) {
+        (Some(line), Ok(cap)) if cap.is_none_or(|cap| line < cap) => (line.into(), BandwidthSource::Learned),
+        _ => offered,
     }
 }
 

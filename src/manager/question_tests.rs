@@ -32,7 +32,11 @@ fn migration_policy(spec: &Value) -> MigrationPolicy {
 }
 
 fn ask(vmi: &VirtualMachineInstance, effective: &Effective, policy: Option<&PredictionPolicy>) -> MigrationForecastSpec {
-    match desired(vmi, effective, policy) {
+    asked(desired(vmi, effective, policy, None))
+}
+
+fn asked(desired: Desired) -> MigrationForecastSpec {
+    match desired {
         Desired::Ask(spec) => *spec,
         other => unreachable!("{other:?}"),
     }
@@ -121,6 +125,30 @@ fn a_prediction_policy_says_what_is_wanted_and_what_can_be_counted_on() {
 }
 
 #[test]
+fn no_more_is_counted_on_than_was_achieved_before() {
+    let capped = effective(Some(&kubevirt(&json!({ "bandwidthPerMigration": "64Mi" }))), None);
+    let open = effective(None, None);
+    let policy = |changes: Value| PredictionPolicy::new("gold", serde_json::from_value(changes).unwrap());
+    let (plain, less) = (policy(json!({})), policy(json!({ "bandwidth": "16Mi" })));
+    let (ignoring, odd) = (policy(json!({ "learnedBandwidth": "Ignore" })), policy(json!({ "bandwidth": "?" })));
+    let line = |rate: &str| HostConstants { line_rate: Some(Quantity(rate.to_owned())), ..HostConstants::default() };
+    for (effective, policy, learned, bandwidth, source) in [
+        (&open, None, "100Mi", "100Mi", BandwidthSource::Learned),
+        (&capped, None, "100Mi", "64Mi", BandwidthSource::MigrationConfiguration),
+        (&capped, Some(&plain), "32Mi", "32Mi", BandwidthSource::Learned),
+        (&capped, Some(&less), "32Mi", "16Mi", BandwidthSource::PredictionPolicy),
+        (&open, Some(&odd), "32Mi", "?", BandwidthSource::PredictionPolicy),
+        (&open, None, "fast", "0", BandwidthSource::Unlimited),
+    ] {
+        let spec = asked(desired(&vmi(&json!({})), effective, policy, Some(&line(learned))));
+        assert_eq!((spec.bandwidth.0.as_str(), spec.bandwidth_source), (bandwidth, source), "{learned}");
+        assert_eq!(spec.host, Some(line(learned)), "downtime goes by the line, whatever the cap is");
+    }
+    let spec = asked(desired(&vmi(&json!({})), &open, Some(&ignoring), Some(&line("100Mi"))));
+    assert_eq!((spec.bandwidth.0.as_str(), spec.bandwidth_source, spec.host), ("0", BandwidthSource::Unlimited, None));
+}
+
+#[test]
 fn who_is_asked_about() {
     use Desired::{Nothing, Wait};
     let all = effective(None, None);
@@ -139,7 +167,7 @@ fn who_is_asked_about() {
             Nothing,
         ),
     ] {
-        assert_eq!(desired(&vmi(&changes), &all, None), expected, "{changes}");
+        assert_eq!(desired(&vmi(&changes), &all, None, None), expected, "{changes}");
     }
     let migrating = vmi(&json!({ "status": { "activePods": { "pod-target": "node-2" } } }));
     assert_eq!(ask(&migrating, &all, None).pod_uid, "pod-1", "the one on the VM's node");

@@ -7,6 +7,7 @@ pub mod curve;
 pub mod forecast;
 pub mod kubevirt;
 pub mod lcb;
+pub mod learn;
 pub mod pattern;
 pub mod plan;
 pub mod predict;

@@ -63,7 +63,9 @@ pub(crate) async fn calm_vm_is_admitted_and_moves(scene: &Scene<'_>) -> Result<(
     ensure!(kind == "Normal" && note.contains("Migration succeeded: forecast was Converges in"), "{kind}: {note}");
     if scene.cluster.lacks(Need::Metrics).is_none() {
         scene.metric_reaches(r#"migvisor_migrations_total{phase="Succeeded",verdict="Converges"}"#, 1.0).await?;
-        scene.metric_reaches(r#"migvisor_forecast_error_ratio_count{verdict="Converges"}"#, 1.0).await?;
+        scene
+            .metric_reaches(r#"migvisor_forecast_error_ratio_count{method="PC",quantity="total_time",verdict="Converges"}"#, 1.0)
+            .await?;
     }
     // The agent there looks at it, too.
     scene.answered("calm", Verdict::Converges).await.map(drop)
