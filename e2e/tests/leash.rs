@@ -130,7 +130,7 @@ async fn only_gates(plane: &ControlPlane, token: Client) -> Result<()> {
     wait_for("the leash to hold", SOON, refused).await?;
     let gate = "may take the scheduling gate migvisor.io/dry-run off a pod, and nothing else";
     for (patch, refusal) in [
-        (json!({ "metadata": { "labels": { "mine": "now" } } }), gate),
+        (json!({ "metadata": { "labels": { "mine": "now" } } }), "may not change a pod's metadata"),
         (without("other/gate"), gate),
         (with(json!({ "spec": { "containers": [{ "name": "compute", "image": "evil" }] } })), "may not change a pod's spec"),
         (with(json!({ "spec": { "activeDeadlineSeconds": 1 } })), "may not change a pod's spec"),

@@ -80,15 +80,13 @@ pub(crate) async fn wild_vm_is_denied_with_advice(scene: &Scene<'_>) -> Result<(
     let message = scene.cluster.kubectl().rejects(&manifest, "denied the request: migvisor forecasts").await?;
     println!("{message}");
     let subject = format!("live migration of {}/wild would fail: at 64.0 MiB/s", scene.namespace);
-    let way_out =
-        format!(r#"kubectl patch predictionpolicy {} --type=merge -p '{{"spec":{{"mode":"Warn"}}}}'"#, scene.own("policy"));
     for part in [
         subject.as_str(),
         "time budget of ",
         "It needs at least ",
-        "Ways out: raise bandwidthPerMigration to at least ",
+        "Ways out: raise bandwidthPerMigration of its MigrationPolicy to at least ",
         "allowPostCopy",
-        &way_out,
+        r#""kind":"MigrationOverride""#,
     ] {
         ensure!(message.contains(part), "{part:?} is missing in: {message}");
     }
