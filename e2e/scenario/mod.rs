@@ -4,7 +4,6 @@
 //! any cluster with KubeVirt and MigVisor in it. Out: a [`Cluster`], and a [`Scene`] for each scenario. A scenario knows neither
 //! which of the two it has nor that there are two: what not every cluster can give, it declares as a [`Need`].
 
-mod doubt;
 mod given;
 mod held;
 mod laboratory;
@@ -67,7 +66,7 @@ pub enum Load {
     Calm,
     /// As calm, in a VM with twice the memory.
     Large,
-    /// Writes of its own that a migration copes with, and that decide how much bandwidth it needs: see [`Scene::doubtful`].
+    /// Writes of its own that a migration copes with, and that decide how much bandwidth it needs.
     Steady,
     /// As steady, of a guest that computes all the time: what it misses when it is slowed down it does not make up for.
     Busy,

@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use jiff::Timestamp;
 use kube::ResourceExt;
 use migvisor::{
@@ -78,34 +78,6 @@ pub(crate) async fn what_was_tried_out_before_is_not_held(scene: &Scene<'_>) -> 
         ensure!(told.is_empty(), "{reason}: {told:?}");
     }
     Ok(())
-}
-
-/// Near the limit the pattern leaves a doubt; where the dry run does not get through, the migration is deleted, once, and that is told.
-pub(crate) async fn what_its_dry_run_fails_is_abandoned(scene: &Scene<'_>) -> Result<()> {
-    /// Chance decides there: so often it may decide otherwise.
-    const TRIES: usize = 3;
-    on_demand(scene, &json!({})).await?;
-    scene.vm("steady", Load::Steady).await?;
-    for attempt in 1..=TRIES {
-        let share = scene.doubtful("steady", &(0.03..0.6)).await?;
-        let name = format!("steady-{attempt}");
-        scene.held(&name, "steady").await?;
-        let uid = scene.uid(&name).await?;
-        let concluded = async || {
-            for reason in ["MigrationAbandoned", "MigrationReleased"] {
-                if !scene.events(reason, VMIM, &name).await?.is_empty() {
-                    return Ok(Some(reason));
-                }
-            }
-            Ok(None)
-        };
-        if scene.until(&format!("something to become of {name}"), SOON, concluded).await? == "MigrationAbandoned" {
-            return is_abandoned(scene, (&name, &uid), "steady", "after a dry run").await;
-        }
-        println!("{name}: {share} of the replays converge, and so did the dry run");
-        scene.ended(&name).await?;
-    }
-    bail!("{TRIES} dry runs converged of which at most 0.6 of the replays do")
 }
 
 /// It was let through while the policy only warned; by the time that its target pod is made it is to be denied.

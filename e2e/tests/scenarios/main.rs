@@ -39,7 +39,6 @@ const ALL: &[Scenario] = &[
     scenario!(outside::send_to_and_receive_are_untouched; DecentralizedMigration),
     scenario!(hold::a_doubtful_migration_is_held_tried_out_and_moves),
     scenario!(hold::what_was_tried_out_before_is_not_held),
-    scenario!(hold::what_its_dry_run_fails_is_abandoned),
     scenario!(hold::what_is_denied_by_now_is_abandoned),
     scenario!(hold::the_policy_changes_between_admission_and_hand_off),
     scenario!(hold::hotplug_attachment_pods_are_not_gated; WritableStatus),
