@@ -44,12 +44,12 @@ pub(crate) async fn what_its_dry_run_fails_is_forced_by_bandwidth(scene: &Scene<
 
 /// It needs a guest that writes less.
 pub(crate) async fn what_its_dry_run_fails_is_forced_by_auto_converge(scene: &Scene<'_>) -> Result<()> {
-    // Two steps of QEMU's ramp are enough, and there is time for more.
-    scene.change_migrations(&json!({ "bandwidthPerMigration": "56Mi", "completionTimeoutPerGiB": 12 })).await?;
+    // Half of what it writes, so that it does not converge because it is slower while it is copied; some steps of QEMU's ramp are enough.
+    scene.change_migrations(&json!({ "bandwidthPerMigration": "40Mi", "completionTimeoutPerGiB": 20 })).await?;
     scene.vm("busy", Load::Busy).await?;
     let configuration = tried_out_and_forced(scene, "busy", &json!({ "type": "AutoConverge" })).await?;
     ensure!(configuration["allowAutoConverge"] == true, "{configuration}");
-    ensure!(configuration["bandwidthPerMigration"] == "56Mi", "what is not changed is taken over: {configuration}");
+    ensure!(configuration["bandwidthPerMigration"] == "40Mi", "what is not changed is taken over: {configuration}");
     Ok(())
 }
 
