@@ -121,9 +121,11 @@ async fn only_gates(plane: &ControlPlane, token: Client) -> Result<()> {
         more["spec"]["schedulingGates"] = without("migvisor.io/dry-run")["spec"]["schedulingGates"].clone();
         more
     };
-    // A policy takes a moment to be heard of.
-    let early = json!({ "metadata": { "labels": { "too": "early" } } });
+    // A policy takes a moment to be heard of; what changes nothing is let through.
+    let mut times = 0_u32;
     let refused = async || {
+        times += 1;
+        let early = json!({ "metadata": { "labels": { "too-early": times.to_string() } } });
         let patched = pods.patch("leashed", &PatchParams::default(), &Patch::Strategic(&early)).await;
         Ok(patched.is_err().then_some(()))
     };
