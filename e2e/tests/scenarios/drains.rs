@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use k8s_openapi::api::core::v1::Pod;
 use kube::{
     Api, ResourceExt,
-    api::{DynamicObject, EvictParams, ListParams},
+    api::{DynamicObject, ListParams},
 };
 use migvisor::{
     api::names::{annotation, kubevirt},
@@ -113,10 +113,13 @@ async fn evict(scene: &Scene<'_>, vm: &str) -> Result<()> {
     let launchers = ListParams::default().labels(&format!("{}={}", kubevirt::COMPONENT, kubevirt::LAUNCHER));
     let of_vm = |pod: &Pod| pod.annotations().get(kubevirt::DOMAIN).is_some_and(|domain| domain == vm);
     let pod = pods.list(&launchers).await?.items.into_iter().find(of_vm).context("it has no pod")?;
-    let refused = match pods.evict(&pod.name_any(), &EvictParams::default()).await {
-        Ok(status) => status.message,
-        Err(error) => error.to_string(),
-    };
+    // By kubectl: a client that waits and tries again where it is told to would do so for ever.
+    let name = pod.name_any();
+    let eviction = json!({
+        "apiVersion": "policy/v1", "kind": "Eviction", "metadata": { "name": name, "namespace": scene.namespace },
+    });
+    let path = format!("/api/v1/namespaces/{}/pods/{name}/eviction", scene.namespace);
+    let refused = scene.cluster.kubectl().run(&["create", "--raw", &path, "-f", "-"], &eviction.to_string()).await?.stderr;
     ensure!(refused.contains("Eviction triggered evacuation of VMI"), "{refused}");
     Ok(())
 }
