@@ -16,7 +16,7 @@ use crate::api::{
 /// plugs nothing in during one.
 pub const SETTLE: Duration = Duration::from_secs(60);
 /// A dry run that waits for somebody else is tried again after this.
-pub const AGAIN: Duration = Duration::from_secs(30);
+pub const AGAIN: Duration = Duration::from_secs(10);
 
 /// See the module.
 #[derive(Debug, Default)]

@@ -36,7 +36,9 @@ pub(crate) async fn plan_picks_what_exhaustive_search_picks(scene: &Scene<'_>) -
     for (name, load, bandwidth) in vms {
         let mebibytes: u64 = bandwidth.parse()?;
         let asked = |it: &MigrationForecast| it.spec.bandwidth.rate().is_ok_and(|rate| rate.0 == mebibytes << 20);
-        let answered = |it: &MigrationForecast| asked(it) && it.answer().is_some_and(|answer| answer.verdict.is_some());
+        let answered = |it: &MigrationForecast| {
+            asked(it) && it.answer().is_some_and(|answer| answer.verdict.is_some_and(|verdict| verdict != Verdict::Unknown))
+        };
         let forecast = scene.forecast_that(name, "is answered at its own bandwidth", LOOKED, answered).await?;
         let memory = forecast.spec.guest_memory()?.0;
         let status = forecast.status.context("no status")?;
