@@ -61,7 +61,18 @@ async fn only_one_label_and_one_note(plane: &ControlPlane, token: Client) -> Res
 
 /// A person's MigrationPolicy is not its to write.
 async fn only_policies_of_its_own(plane: &ControlPlane, token: Client) -> Result<()> {
-    let policy = |name: &str| json!({ "apiVersion": "migrations.kubevirt.io/v1alpha1", "kind": "MigrationPolicy", "metadata": { "name": name }, "spec": { "selectors": {} } });
+    let selecting = |name: &str, selectors: Value| {
+        json!({
+            "apiVersion": "migrations.kubevirt.io/v1alpha1", "kind": "MigrationPolicy",
+            "metadata": { "name": name, "annotations": { "migvisor.io/vm": format!("{NAMESPACE}/vm1") } },
+            "spec": { "selectors": selectors },
+        })
+    };
+    let one = json!({
+        "namespaceSelector": { "kubernetes.io/metadata.name": NAMESPACE },
+        "virtualMachineInstanceSelector": { "migvisor.io/force": "uid" },
+    });
+    let policy = |name: &str| selecting(name, one.clone());
     plane.accepts(&policy("house").to_string()).await?;
     let policies: Api<DynamicObject> = Api::all_with(token, &ApiResource::erase::<MigrationPolicy>(&()));
     let apply =
@@ -74,6 +85,12 @@ async fn only_policies_of_its_own(plane: &ControlPlane, token: Client) -> Result
     {
         let error = error.context("it was let through")?.to_string();
         ensure!(error.contains(refusal), "{error}");
+    }
+    for (name, selectors) in [("migvisor-uid", json!({})), ("migvisor-other", one.clone())] {
+        let body = Patch::Apply(selecting(name, selectors));
+        let applied = policies.patch(name, &PatchParams::apply("migvisor").force(), &body).await;
+        let error = applied.err().context("it was let through")?.to_string();
+        ensure!(error.contains("is for one migration"), "{error}");
     }
     Ok(())
 }

@@ -77,9 +77,9 @@ pub struct PredictionPolicySpec {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
 pub enum LearnedBandwidth {
     /// It is the line's: forecasts count on no more.
-    #[default]
     Use,
     /// Forecasts count on KubeVirt's cap and the policy's `bandwidth` alone, over a line that is assumed.
+    #[default]
     Ignore,
 }
 

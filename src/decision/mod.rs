@@ -74,6 +74,8 @@ pub enum Room {
     Free,
     /// As many are held as the policy allows.
     Full,
+    /// Its target pod was made without our gate: it goes its way.
+    Passed,
     /// No manager is alive to let it go again.
     NoManager,
     /// This one has been held for as long as the policy allows.
@@ -264,10 +266,14 @@ fn act<'a>(input: &Input<'a>, present: &'a MigrationForecastSpec, forecast: &For
     };
     match (remedy, input.room) {
         (Some(remedy), Room::Free) => return (Action::Hold, remedy),
+        // A moment only: it takes no place.
+        (Some(remedy @ Some(_)), Room::Full) => return (Action::Hold, remedy),
         // It was told that it would be held: that there is no room is not its fault.
-        (Some(_), Room::Full | Room::NoManager) if input.stage == Stage::Admitted => return (Action::AllowWithWarning, None),
-        // Nor that nobody came to try it out.
-        (Some(None), Room::OutOfTime) if input.stage == Stage::Admitted && !has_begun(input) => {
+        (Some(_), Room::Full | Room::NoManager | Room::Passed) if input.stage == Stage::Admitted => {
+            return (Action::AllowWithWarning, None);
+        }
+        // Nor that its remedy could not be applied, which would be so the next time, too; nor that nobody came to try it out.
+        (Some(remedy), Room::OutOfTime) if input.stage == Stage::Admitted && (remedy.is_some() || !has_begun(input)) => {
             return (Action::AllowWithWarning, None);
         }
         _ => {}

@@ -24,6 +24,7 @@ use crate::{
         names::{FORCE_LABEL, FORCE_PREFIX},
     },
     decision::{Action, Decision, Origin, Stage},
+    model::forecast::Verdict,
 };
 
 /// At the end of the process this long is spent on taking gates off; then the next leader does.
@@ -189,12 +190,17 @@ impl Manager {
         }
         let evacuation =
             Candidate { origin: Origin::Evacuation, stage: Stage::Request, ..Candidate::nobodys(&key.namespace, &key.name) };
-        let blocked = self.knowledge.judge(evacuation, Timestamp::now()).decision.action == Action::Deny;
-        let before = self.remember(key, |memory| memory.blocked.replace(blocked));
-        if before == Some(true) && !blocked {
-            info!(namespace = key.namespace, vm = key.name, "no longer blocked: KubeVirt is told to try again");
-            self.writer.nudge(vmi).await?;
+        let decision = self.knowledge.judge(evacuation, Timestamp::now()).decision;
+        // A question that is asked anew is unanswered for a moment: nothing has been lifted.
+        if decision.verdict == Verdict::Unknown {
+            return Ok(());
         }
+        let blocked = decision.action == Action::Deny;
+        if self.remember(key, |memory| memory.blocked) == Some(true) && !blocked {
+            self.writer.nudge(vmi).await?;
+            info!(namespace = key.namespace, vm = key.name, "no longer blocked: KubeVirt was told to try again");
+        }
+        self.remember(key, |memory| memory.blocked = Some(blocked));
         Ok(())
     }
 

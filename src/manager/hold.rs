@@ -78,7 +78,8 @@ pub enum Step {
 /// `pod`: its target pod, if there is one. `decision`: as it is now, with the deadline of the hold in it. `forced`: the remedy has been applied,
 /// and KubeVirt would go by it.
 pub fn step(migration: &VirtualMachineInstanceMigration, pod: Option<&Pod>, decision: &Decision, forced: bool) -> Step {
-    let gated = pod.is_some_and(is_gated);
+    // While its own pod is gated KubeVirt takes it no further: a pod that bears our gate beyond that merely says that it is its own.
+    let gated = pod.is_some_and(is_gated) && matches!(migration.status.phase.as_str(), "" | "Pending" | "Scheduling");
     let ends = migration.metadata.deletion_timestamp.is_some();
     match decision.action {
         // KubeVirt takes its pod away; letting it go would only have it scheduled before.

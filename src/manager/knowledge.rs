@@ -341,7 +341,7 @@ impl Knowledge {
                 return if hold::held_for(pod, now) < deadline { Room::Free } else { Room::OutOfTime };
             }
             // It goes its way: a gate is put on at a pod's creation or never.
-            Some(_) => return Room::Full,
+            Some(_) => return Room::Passed,
             None => {}
         }
         if !self.is_managed() {

@@ -163,7 +163,7 @@ pub fn desired(
         return Desired::Wait;
     };
     let spec = policy.map(|policy| &policy.spec);
-    let learned = learned.filter(|_| spec.is_none_or(|spec| spec.learned_bandwidth == LearnedBandwidth::Use));
+    let learned = learned.filter(|_| spec.is_some_and(|spec| spec.learned_bandwidth == LearnedBandwidth::Use));
     let (bandwidth, bandwidth_source) = achievable(offered(effective, policy), learned);
     Desired::Ask(Box::new(MigrationForecastSpec {
         node_name: vmi.status.node_name.clone(),

@@ -129,23 +129,26 @@ fn no_more_is_counted_on_than_was_achieved_before() {
     let capped = effective(Some(&kubevirt(&json!({ "bandwidthPerMigration": "64Mi" }))), None);
     let open = effective(None, None);
     let policy = |changes: Value| PredictionPolicy::new("gold", serde_json::from_value(changes).unwrap());
-    let (plain, less) = (policy(json!({})), policy(json!({ "bandwidth": "16Mi" })));
-    let (ignoring, odd) = (policy(json!({ "learnedBandwidth": "Ignore" })), policy(json!({ "bandwidth": "?" })));
+    let using = |bandwidth: Value| policy(json!({ "learnedBandwidth": "Use", "bandwidth": bandwidth }));
+    let (plain, less, odd) = (using(Value::Null), using(json!("16Mi")), using(json!("?")));
+    let ignoring = policy(json!({}));
     let line = |rate: &str| HostConstants { line_rate: Some(Quantity(rate.to_owned())), ..HostConstants::default() };
     for (effective, policy, learned, bandwidth, source) in [
-        (&open, None, "100Mi", "100Mi", BandwidthSource::Learned),
-        (&capped, None, "100Mi", "64Mi", BandwidthSource::MigrationConfiguration),
-        (&capped, Some(&plain), "32Mi", "32Mi", BandwidthSource::Learned),
-        (&capped, Some(&less), "32Mi", "16Mi", BandwidthSource::PredictionPolicy),
-        (&open, Some(&odd), "32Mi", "?", BandwidthSource::PredictionPolicy),
-        (&open, None, "fast", "0", BandwidthSource::Unlimited),
+        (&open, &plain, "100Mi", "100Mi", BandwidthSource::Learned),
+        (&capped, &plain, "100Mi", "64Mi", BandwidthSource::MigrationConfiguration),
+        (&capped, &plain, "32Mi", "32Mi", BandwidthSource::Learned),
+        (&capped, &less, "32Mi", "16Mi", BandwidthSource::PredictionPolicy),
+        (&open, &odd, "32Mi", "?", BandwidthSource::PredictionPolicy),
+        (&open, &plain, "fast", "0", BandwidthSource::Unlimited),
     ] {
-        let spec = asked(desired(&vmi(&json!({})), effective, policy, Some(&line(learned))));
+        let spec = asked(desired(&vmi(&json!({})), effective, Some(policy), Some(&line(learned))));
         assert_eq!((spec.bandwidth.0.as_str(), spec.bandwidth_source), (bandwidth, source), "{learned}");
         assert_eq!(spec.host, Some(line(learned)), "downtime goes by the line, whatever the cap is");
     }
-    let spec = asked(desired(&vmi(&json!({})), &open, Some(&ignoring), Some(&line("100Mi"))));
-    assert_eq!((spec.bandwidth.0.as_str(), spec.bandwidth_source, spec.host), ("0", BandwidthSource::Unlimited, None));
+    for policy in [None, Some(&ignoring)] {
+        let spec = asked(desired(&vmi(&json!({})), &open, policy, Some(&line("100Mi"))));
+        assert_eq!((spec.bandwidth.0.as_str(), spec.bandwidth_source, spec.host), ("0", BandwidthSource::Unlimited, None));
+    }
 }
 
 #[test]

@@ -78,7 +78,13 @@ pub(super) async fn all(client: &Client, feeds: Feeds, metrics: &ManagerMetrics,
             pods,
             |pod| one(pod.namespace(), hold::vmi_of(pod).unwrap_or_default().to_owned())
         ),
-        watch.kind(Api::<DeserializeGuard<MigrationPolicy>>::all(client.clone()), migration_policies, |_| Change::All),
+        watch.kind(Api::<DeserializeGuard<MigrationPolicy>>::all(client.clone()), migration_policies, |policy| {
+            // One of ours concerns one VM, and comes and goes with each migration that is forced.
+            match force::vm_of(policy).filter(|_| force::is_ours(policy)) {
+                Some((namespace, name)) => one(Some(namespace.to_owned()), name.to_owned()),
+                None => Change::All,
+            }
+        }),
         watch.kind(Api::<DeserializeGuard<KubeVirt>>::all(client.clone()), kubevirts, |_| Change::All),
         watch.kind(Api::<DeserializeGuard<Namespace>>::all(client.clone()), namespaces, |_| Change::All),
     );
