@@ -1,6 +1,6 @@
 //! What a person is told: what would happen, the bandwidth it needs, the ways out. One paragraph.
 
-use super::{Action, HOPELESS, Input, Room, Stage};
+use super::{Action, HOPELESS, Input, Room, Stage, would_help};
 use crate::{
     api::{
         MigrationForecastSpec,
@@ -84,6 +84,9 @@ fn why_undecided(input: &Input<'_>, present: &MigrationForecastSpec) -> String {
     let run = input.forecast.and_then(|forecast| forecast.status.as_ref()?.dry_run.as_ref());
     match run.filter(|run| run.result.is_none() && run.is_over(&present.fingerprint(), input.now)) {
         Some(run) => format!("The dry run that it waited for came to nothing: {} ", in_a_sentence(&run.message)),
+        None if input.room == Room::OutOfTime && would_help(input, present).is_some() => {
+            "What would help it could not be applied in time. ".to_owned()
+        }
         None if input.room == Room::OutOfTime => "It has waited for its dry run as long as it may. ".to_owned(),
         None => String::new(),
     }

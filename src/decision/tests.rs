@@ -13,6 +13,7 @@ use crate::{
         dry_run::{Counted, DryRun, DryRunPhase, DryRunResult, DryRunStatus},
         forecast::{BandwidthSource, Sla},
         policy::DryRunPolicy,
+        remedy::{Remedy, RemedyAnswers, RemedyType},
         scalar,
     },
     model::forecast::{Bounds, Method},
@@ -552,4 +553,35 @@ fn the_annotations_of_an_answer_and_its_decision_agree() {
 #[test]
 fn times_are_kept() {
     assert!(is_fresh(Some(&Time(now())), now()));
+}
+
+/// Takes a moment and no place; where it cannot be applied the migration goes on, for the next one would fare no better.
+#[test]
+fn what_a_remedy_would_help_is_held_for_it() {
+    let remedies: Vec<Remedy> = serde_json::from_value(serde_json::json!([{ "type": "AutoConverge" }])).unwrap();
+    let present = MigrationForecastSpec { remedies, ..spec() };
+    let mut object = object(present.clone(), &model(Verdict::Fails, 0.0), MINUTE);
+    let answer = |verdict| RemedyAnswer { verdict, ..RemedyAnswer::unknown(RemedyType::AutoConverge, "") };
+    for (helps, stage, origin, room, expected) in [
+        (Verdict::Converges, Stage::Request, Origin::Person, Room::Free, Action::Hold),
+        (Verdict::Converges, Stage::Request, Origin::Person, Room::Full, Action::Hold),
+        (Verdict::Converges, Stage::Request, Origin::Evacuation, Room::Full, Action::Hold),
+        (Verdict::Converges, Stage::Request, Origin::Person, Room::NoManager, Action::Deny),
+        (Verdict::Converges, Stage::Admitted, Origin::Person, Room::Free, Action::Hold),
+        (Verdict::Converges, Stage::Admitted, Origin::Person, Room::Passed, Action::AllowWithWarning),
+        (Verdict::Converges, Stage::Admitted, Origin::Person, Room::OutOfTime, Action::AllowWithWarning),
+        (Verdict::Fails, Stage::Request, Origin::Person, Room::Free, Action::Deny),
+        (Verdict::Fails, Stage::Admitted, Origin::Person, Room::Free, Action::Deny),
+        (Verdict::Fails, Stage::Request, Origin::Evacuation, Room::Free, Action::AllowWithWarning),
+    ] {
+        object.status.as_mut().unwrap().remedies = Some(RemedyAnswers {
+            asked: present.remedies_fingerprint(),
+            measured_at: Some(Time(now())),
+            answers: vec![answer(helps)],
+        });
+        let decision = decide(&Input { stage, origin, room, ..input(&object, &present, Mode::Enforce) });
+        assert_eq!(decision.action, expected, "{helps:?} {stage:?} {origin:?} {room:?}");
+        assert_eq!(decision.remedy.is_some(), expected == Action::Hold, "{helps:?} {stage:?} {origin:?} {room:?}");
+        assert_eq!(decision.message.contains("It is forced"), expected == Action::Hold, "{}", decision.message);
+    }
 }
