@@ -77,8 +77,7 @@ async fn a_wild_guest_gets_through_as_forecast() {
     let throttled = ask(&pattern, &question, Remedy::AutoConverge);
     assert_eq!(throttled.verdict, Verdict::Converges, "{throttled:?}");
     let mut target = Vm::incoming(spec.clone()).await.unwrap();
-    set_capabilities(source.lab(), &[("auto-converge", true)]).await.unwrap();
-    let truth = migrate(&mut source, &mut target, under).await.unwrap();
+    let truth = migrate(&mut source, &mut target, Settings { auto_converge: true, ..under }).await.unwrap();
     assert!(off("auto-converge", &throttled, &truth) < 0.3);
     source = target;
 
@@ -127,8 +126,7 @@ async fn a_throttled_guest_slows_down_as_forecast() {
         let throttled = ask(&pattern, &under.question(HostConstants::default()), Remedy::AutoConverge);
         assert_eq!(throttled.verdict, Verdict::Converges, "{name}: {throttled:?}");
         let mut target = Vm::incoming(spec).await.unwrap();
-        set_capabilities(source.lab(), &[("auto-converge", true)]).await.unwrap();
-        let truth = migrate(&mut source, &mut target, under).await.unwrap();
+        let truth = migrate(&mut source, &mut target, Settings { auto_converge: true, ..under }).await.unwrap();
         println!("{name}: busy {:?}, syncs {}", pattern.cpus(), truth.syncs);
         errors.push((off(name, &throttled, &truth), name));
     }
