@@ -13,7 +13,7 @@ use migvisor::{
         remedy::{Answer, Case, Remedy, Value},
         units::{Bandwidth, Bytes, BytesPerSecond},
     },
-    qemu::{migration::set_capabilities, monitor::Monitor},
+    qemu::monitor::Monitor,
 };
 use migvisor_e2e::lab::{GuestSpec, Outcome, Settings, Truth, Vm, VmSpec, migrate};
 
@@ -92,9 +92,6 @@ async fn a_wild_guest_gets_through_as_forecast() {
     let post = ask(&pattern, &question, Remedy::PostCopy);
     let Some(Value::PerGigabyte(seconds)) = post.value else { unreachable!("{post:?}") };
     let mut target = Vm::incoming(spec.clone()).await.unwrap();
-    for vm in [&mut source, &mut target] {
-        set_capabilities(vm.lab(), &[("postcopy-ram", true)]).await.unwrap();
-    }
     // As KubeVirt does: up to a second and 400 ms after the budget's end.
     let ends = time_budget(seconds, MEMORY).unwrap() + Duration::from_millis(1200);
     let mut monitor = Monitor::connect(&source.qmp().to_owned().into(), Duration::from_secs(5)).await.unwrap();
@@ -102,7 +99,8 @@ async fn a_wild_guest_gets_through_as_forecast() {
         tokio::time::sleep(ends).await;
         monitor.execute::<serde_json::Value>("migrate-start-postcopy", serde_json::json!({})).await
     };
-    let (truth, switched) = tokio::join!(migrate(&mut source, &mut target, settings(WILD_CAP, 60)), switching);
+    let under = Settings { post_copy: true, ..settings(WILD_CAP, 60) };
+    let (truth, switched) = tokio::join!(migrate(&mut source, &mut target, under), switching);
     switched.unwrap();
     assert!(off("post-copy", &post, &truth.unwrap()) < 0.3);
 }
