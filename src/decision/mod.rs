@@ -265,9 +265,8 @@ fn act<'a>(input: &Input<'a>, present: &'a MigrationForecastSpec, forecast: &For
         would_help(input, present).filter(|_| forecast.verdict == Verdict::Fails).map(Some)
     };
     match (remedy, input.room) {
-        (Some(remedy), Room::Free) => return (Action::Hold, remedy),
-        // A moment only: it takes no place.
-        (Some(remedy @ Some(_)), Room::Full) => return (Action::Hold, remedy),
+        // For a remedy it is a moment only, which takes no place.
+        (Some(remedy), Room::Free) | (Some(remedy @ Some(_)), Room::Full) => return (Action::Hold, remedy),
         // It was told that it would be held: that there is no room is not its fault.
         (Some(_), Room::Full | Room::NoManager | Room::Passed) if input.stage == Stage::Admitted => {
             return (Action::AllowWithWarning, None);

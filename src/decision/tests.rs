@@ -579,7 +579,7 @@ fn what_a_remedy_would_help_is_held_for_it() {
             measured_at: Some(Time(now())),
             answers: vec![answer(helps)],
         });
-        let decision = decide(&Input { stage, origin, room, ..input(&object, &present, Mode::Enforce) });
+        let decision = decide(&Input { origin, room, stage, ..input(&object, &present, Mode::Enforce) });
         assert_eq!(decision.action, expected, "{helps:?} {stage:?} {origin:?} {room:?}");
         assert_eq!(decision.remedy.is_some(), expected == Action::Hold, "{helps:?} {stage:?} {origin:?} {room:?}");
         assert_eq!(decision.message.contains("It is forced"), expected == Action::Hold, "{}", decision.message);

@@ -21,7 +21,7 @@ use serde::de::DeserializeOwned;
 use tokio::sync::mpsc::UnboundedSender;
 use tracing::warn;
 
-use super::{hold, knowledge::Feeds, metrics::ManagerMetrics};
+use super::{force, hold, knowledge::Feeds, metrics::ManagerMetrics};
 use crate::api::{
     MigrationForecast, MigrationOverride, MigrationPlan, PredictionPolicy,
     kubevirt::{KubeVirt, MigrationPolicy, VirtualMachineInstance, VirtualMachineInstanceMigration},
