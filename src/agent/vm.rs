@@ -37,6 +37,9 @@ pub type Key = (String, String);
 
 /// An answer is written at least this often, with the time of the newest look (a minute is left for the queue).
 pub const REWRITE: Duration = Duration::from_secs(14 * 60);
+/// What has been known for a while is looked at again after as long, but not sooner than this: a guest that was still booting when it
+/// was looked at first says nothing of what it will write.
+const YOUNG: Duration = Duration::from_secs(15);
 /// The least pause between two writes that answer the same question.
 const WRITE_GAP: Duration = Duration::from_secs(5);
 /// The first and the longest pause after a failed write.
@@ -75,6 +78,8 @@ pub struct Vm {
     /// The last patterns, oldest first, for the checkpoint.
     epochs: Vec<Epoch>,
     refresh_due: Instant,
+    /// The first look at it that is known of.
+    known_since: Option<Instant>,
     trouble: Option<Trouble>,
     published: Option<(MigrationForecastStatus, Instant)>,
     ready: Option<(MigrationForecastStatus, Instant)>,
@@ -100,6 +105,7 @@ impl Vm {
             seen: None,
             epochs: Vec::new(),
             refresh_due: now,
+            known_since: None,
             trouble: None,
             published: None,
             ready: None,
@@ -149,6 +155,7 @@ impl Vm {
                 self.paused = object.spec.paused;
                 self.seen = None;
                 self.epochs.clear();
+                self.known_since = None;
                 self.refresh_due = now;
             }
         }
@@ -261,6 +268,10 @@ impl Vm {
                 self.refresh_due = now + refresh.saturating_sub(age);
             }
         }
+        self.known_since = epochs.first().and_then(|oldest| {
+            let age = Duration::try_from(wall.duration_since(oldest.measured_at)).ok()?;
+            now.checked_sub(age)
+        });
         self.epochs = epochs;
     }
 
@@ -306,9 +317,11 @@ impl Vm {
         self.published.as_ref().map(|(status, _)| status)
     }
 
-    /// A look succeeded: answer anew, look again after `refresh`.
+    /// A look succeeded: answer anew, look again after `refresh`, or sooner while it has not been known for that long.
     pub fn looked(&mut self, seen: Seen, refresh: Duration) {
-        self.refresh_due = seen.at + refresh;
+        let since = *self.known_since.get_or_insert(seen.at);
+        let known = seen.at.saturating_duration_since(since);
+        self.refresh_due = seen.at + refresh.min(known.max(YOUNG));
         self.wanted_since = self.wanted_since.or(Some(seen.at));
         if self.paused {
             self.epochs.clear();

@@ -91,7 +91,23 @@ fn asked_looked_answered_written_then_quiet_until_the_refresh() {
     assert_eq!(life.answer(1000.0), Some(s(0)));
     life.write();
     let case = life.case();
-    assert_eq!((case.wanted_since, case.write_due, case.refresh_due), (None, None, life.now + REFRESH));
+    assert_eq!((case.wanted_since, case.write_due, case.refresh_due), (None, None, life.now + s(15)));
+}
+
+#[test]
+fn what_is_new_is_looked_at_again_soon_and_ever_more_rarely() {
+    let mut life = Life::new(&object(1, "pod"));
+    let mut pauses = Vec::new();
+    for _ in 0..8 {
+        life.look();
+        let pause = life.case().refresh_due.duration_since(life.now);
+        pauses.push(pause.as_secs());
+        life.pass(pause.as_secs());
+    }
+    assert_eq!(pauses, [15, 15, 30, 60, 120, 240, 480, REFRESH.as_secs()]);
+    life.ask(&object(2, "other-pod"));
+    life.look();
+    assert_eq!(life.case().refresh_due, life.now + s(15), "another pod is another guest");
 }
 
 #[test]
