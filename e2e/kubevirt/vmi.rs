@@ -2,7 +2,7 @@
 //! 1.9's `pkg/virt-controller/watch/vmi/`.
 //!
 //! In: VMIs with a deletion timestamp. Out: the phase `Succeeded`, no pods, no finalizer. KubeVirt would let the object go although a
-//! migration of it is not final yet, which then stays for ever, with its finalizer; that race is not played.
+//! migration of it is not over yet, which then stays for ever, with its finalizer; that race is not played.
 
 use std::sync::Arc;
 
@@ -19,6 +19,7 @@ use super::{
     core::{Change, Core},
     queue::{Limiter, Queue},
     read::{is_final, key, vmi_key},
+    status,
 };
 
 /// What keeps a VMI until its pods are gone.
@@ -74,9 +75,14 @@ async fn end<M: Mover>(core: &Core, mover: &M, vmi: &DynamicObject) -> Result<()
         core.replace_vmi(&vmi).await?;
         return Ok(());
     }
-    if pods.is_empty() && core.vmims_of(&vmi).iter().all(|vmim| is_final(vmim)) {
+    if pods.is_empty() && core.vmims_of(&vmi).iter().all(is_over) {
         vmi.finalizers_mut().retain(|it| it != FINALIZER);
         core.replace_vmi(&vmi).await?;
     }
     Ok(())
+}
+
+/// It is final, and its finalizer is off: nobody needs the VMI for that any more.
+fn is_over(vmim: &Arc<DynamicObject>) -> bool {
+    is_final(vmim) && !vmim.finalizers().iter().any(|it| it == status::FINALIZER)
 }

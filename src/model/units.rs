@@ -122,6 +122,14 @@ impl Bytes {
     }
 }
 
+impl MilliCpus {
+    /// `1 processor`, `1.5 processors`: for people.
+    pub fn human(self) -> String {
+        let unit = if self.0 == 1000 { "processor" } else { "processors" };
+        format!("{} {unit}", self.0 as f64 / 1000.0)
+    }
+}
+
 impl BytesPerSecond {
     /// `97.3 MiB/s`: for people.
     pub fn human(self) -> String {
@@ -245,6 +253,9 @@ mod tests {
             assert_eq!(MilliCpus(milli).to_string(), written);
         }
         assert!("many".parse::<MilliCpus>().is_err());
+        for (milli, words) in [(1000, "1 processor"), (0, "0 processors"), (1500, "1.5 processors")] {
+            assert_eq!(MilliCpus(milli).human(), words);
+        }
     }
 
     #[test]

@@ -86,7 +86,7 @@ pub fn status(plan: &MigrationPlan, vms: &[Vm<'_>], limits: Limits, now: Timesta
     };
     match &made.selection {
         Err(most) => {
-            let freed = format!("{} of memory and {} processors", most.memory.human(), most.cpu);
+            let freed = format!("{} of memory and {}", most.memory.human(), most.cpu.human());
             let together = if matches!(wanted, Wanted::Cheapest(_)) {
                 "no eligible VM frees more than"
             } else {
@@ -167,18 +167,22 @@ fn candidate(
 fn shortcoming(outlook: &Outlook, figures: &Figures, link: BytesPerSecond, lcb: Option<BytesPerSecond>) -> Obstacle {
     let rate = outlook.question.bandwidth.cap().map_or(link, |cap| cap.min(link)).human();
     let total = Duration::from_ms(figures.total_ms).human();
-    if figures.downtime_ms.is_some() {
+    if let Some(downtime) = figures.downtime_ms {
+        let downtime = Duration::from_ms(downtime).human();
         return Obstacle {
             reason: reason::SLA_EXCEEDED,
-            message: format!("at {rate} it would take {total}, or stop the guest for longer, than the SLA allows"),
+            message: format!("at {rate} it would take {total} and stop the guest for {downtime}: the SLA does not allow that"),
         };
     }
     let needs = lcb.map_or_else(
         || "no bandwidth that the line carries suffices".to_owned(),
         |lcb| format!("it needs at least {}", lcb.human()),
     );
-    let reason = if figures.verdict == Verdict::Fails { reason::BUDGET_EXCEEDED } else { reason::NEAR_THE_LIMIT };
-    Obstacle { reason, message: format!("at {rate} it would not converge for certain; {needs}") }
+    let (reason, would) = match figures.verdict {
+        Verdict::Fails => (reason::BUDGET_EXCEEDED, "would not"),
+        _ => (reason::NEAR_THE_LIMIT, "might not"),
+    };
+    Obstacle { reason, message: format!("at {rate} it {would} converge; {needs}") }
 }
 
 fn schedule(made: &model::Schedule, vms: &[Vm<'_>], links: &[BytesPerSecond], terms: &Terms) -> object::Schedule {
@@ -231,7 +235,7 @@ fn figure(value: f64) -> f64 {
 fn wants(wanted: Wanted) -> String {
     match wanted {
         Wanted::Cheapest(need) | Wanted::Enough(need) => {
-            format!("{} and {} processors are wanted", need.memory.human(), need.cpu)
+            format!("{} and {} are wanted", need.memory.human(), need.cpu.human())
         }
         Wanted::Everything => "everything is wanted".to_owned(),
     }
@@ -250,7 +254,7 @@ fn told(selection: &model::Selection, schedule: Option<&object::Schedule>) -> St
             (_, k) => format!(", up to {k} at a time from each node, in {makespan}"),
         }
     });
-    let freed = format!("frees {} of memory and {} processors", selection.memory.human(), selection.cpu);
+    let freed = format!("frees {} of memory and {}", selection.memory.human(), selection.cpu.human());
     let saved = selection.saving.random_cost.and_then(|random| saved(selection.cost, random.mean));
     let saved = saved.map_or_else(String::new, |percent| format!(", {percent} % less than a random choice"));
     format!("{vms}{when}; {freed} at a cost of {:.3}{saved}.", selection.cost)

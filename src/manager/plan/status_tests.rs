@@ -132,7 +132,7 @@ fn everybody_is_listed_and_who_cannot_go_has_a_reason() {
     assert_eq!(reason_of(&status, "moving"), Some(reason::MIGRATING));
     assert_eq!(reason_of(&status, "tied"), Some(reason::NO_NODE));
     let wild = status.candidates.iter().find(|candidate| candidate.name == "wild").unwrap();
-    assert_eq!(wild.message.as_deref(), Some("at 100 MiB/s it would not converge for certain; it needs at least 180 MiB/s"));
+    assert_eq!(wild.message.as_deref(), Some("at 100 MiB/s it would not converge; it needs at least 180 MiB/s"));
     assert_eq!((wild.verdict, wild.cost), (Some(Verdict::Fails), None));
 }
 
