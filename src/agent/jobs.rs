@@ -4,6 +4,7 @@
 
 use std::{
     collections::BTreeSet,
+    io::{self, ErrorKind},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -23,6 +24,7 @@ use super::{
     checkpoint::{Checkpoint, CheckpointError, Epoch},
     locate::{Locate, LocateError},
     publish::{Part, PublishError, Written, publish},
+    trouble::Failure,
     vm::{Key, Life, Seen},
     watch::Questions,
 };
@@ -35,7 +37,7 @@ use crate::{
     collector::{self, CollectError, LookOptions, Observation, Target},
     dryrun::{self, DryRunError},
     model::pattern::PatternError,
-    qemu::{monitor::Monitor, qmp::QmpError},
+    qemu::{libvirt::LibvirtError, monitor::Monitor, process::ProcessError, qmp::QmpError, vm::VmError},
     runtime::{client::with_causes, shutdown::Shutdown},
 };
 
@@ -114,6 +116,25 @@ impl LookError {
             Self::Timeout(_) => "timeout",
             Self::GivenUp => "given_up",
         }
+    }
+
+    /// Was there nothing to look at, or something that could not be looked at?
+    pub(super) fn failure(&self) -> Failure {
+        let nobody_listens = |error: &io::Error| matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused);
+        let absent = match self {
+            Self::Locate(LocateError::NoSocket { .. } | LocateError::Process(ProcessError::None { .. }))
+            | Self::Collect(CollectError::Vm(VmError::Incoming)) => true,
+            Self::Collect(CollectError::Qmp(error) | CollectError::Vm(VmError::Qmp(error))) => match error {
+                QmpError::Connect { source, .. } | QmpError::Libvirt(LibvirtError::Socket { source, .. }) => {
+                    nobody_listens(source)
+                }
+                // A domain that is started, or comes in, is busy with that.
+                QmpError::Libvirt(LibvirtError::NothingRuns | LibvirtError::Locked) => true,
+                _ => false,
+            },
+            _ => false,
+        };
+        if absent { Failure::Absent } else { Failure::Broken }
     }
 }
 
@@ -316,4 +337,32 @@ pub(super) fn cpu_used() -> Duration {
     let Ok(usage) = getrusage(UsageWho::RUSAGE_SELF) else { return Duration::ZERO };
     let micros = usage.user_time().num_microseconds().saturating_add(usage.system_time().num_microseconds());
     Duration::from_micros(u64::try_from(micros).unwrap_or(0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_still_starting_is_told_from_what_fails() {
+        let connect = |kind: ErrorKind| QmpError::Connect { path: "x.sock".into(), source: kind.into() };
+        let no_socket = LookError::Locate(LocateError::NoSocket { path: "x.sock".into() });
+        for absent in [
+            no_socket,
+            CollectError::from(connect(ErrorKind::ConnectionRefused)).into(),
+            CollectError::from(VmError::Incoming).into(),
+            CollectError::from(QmpError::from(LibvirtError::NothingRuns)).into(),
+        ] {
+            assert_eq!(absent.failure(), Failure::Absent, "{absent}");
+        }
+        for broken in [
+            LookError::Locate(LocateError::NotAUid),
+            LookError::Timeout(LATE),
+            CollectError::from(connect(ErrorKind::PermissionDenied)).into(),
+            CollectError::from(QmpError::from(LibvirtError::TooMany)).into(),
+            CollectError::NoProcess.into(),
+        ] {
+            assert_eq!(broken.failure(), Failure::Broken, "{broken}");
+        }
+    }
 }

@@ -26,6 +26,7 @@ pub mod metrics;
 pub mod publish;
 pub mod remedy;
 pub mod schedule;
+pub mod trouble;
 pub mod vm;
 pub mod watch;
 
@@ -57,7 +58,6 @@ use self::{
     watch::Questions,
 };
 use crate::{
-    api::names::reason,
     collector::LookOptions,
     model::forecast::HostConstants,
     runtime::{
@@ -333,7 +333,7 @@ impl<L: Locate> Agent<L> {
                         if vm.trouble().is_none_or(|trouble| trouble.message != message) {
                             warn!(namespace, name, %error, "could not look");
                         }
-                        vm.failed(reason::NOT_MEASURED, message, now, spread(0.8, 1.2));
+                        vm.failed(error.failure(), message, now, spread(0.8, 1.2));
                     }
                 }
             }

@@ -44,7 +44,7 @@ pub struct Room {
     pub answer: bool,
     /// No look is under way.
     pub look: bool,
-    /// The CPU budget allows the next routine look from then on; what is pressing does not wait for it.
+    /// The CPU budget allows the next routine look from then on; what is pressing, or seen for the first time, does not wait for it.
     pub routine_from: Instant,
     /// No dry run is under way.
     pub dry_run: bool,
@@ -79,6 +79,9 @@ pub struct Case<K> {
     pub write_due: Option<Instant>,
     /// A migration of it waits to begin: it goes before the others, and the CPU budget does not hold it back.
     pub pressing: bool,
+    /// Nothing is known of it, and nothing but its absence has kept us from looking. The one look that ends this is a new question's,
+    /// however often the VM was not there, and the CPU budget does not hold it back.
+    pub unseen: bool,
     /// What was kept of it has not been read yet: it may spare a look.
     pub recall: bool,
     /// A job speaks to its QEMU already.
@@ -130,13 +133,16 @@ impl<K> Case<K> {
     fn look(&self, can_answer: bool, room: &Room) -> Due {
         // A question that nothing but a look can answer makes it due at once.
         let asked = self.wanted_since.filter(|_| !can_answer);
-        let (from, headstart) = asked.map_or((self.refresh_due, 0), |since| (since, 1 + u32::from(self.pressing)));
+        let from = asked.unwrap_or(self.refresh_due);
+        let headstart = if asked.is_some() || self.unseen { 1 + u32::from(self.pressing) } else { 0 };
         let look = match self.look_after {
-            // After a failure it queues up again at the back.
+            // What was not there has cost nothing.
+            Some(after) if self.unseen => Due { job: Job::Look, at: from.max(after), headstart },
+            // After another failure it queues up again at the back.
             Some(after) => Due { job: Job::Look, at: from.max(after), headstart: 0 },
             None => Due { job: Job::Look, at: from, headstart },
         };
-        if self.pressing { look } else { Due { at: look.at.max(room.routine_from), ..look } }
+        if self.pressing || self.unseen { look } else { Due { at: look.at.max(room.routine_from), ..look } }
     }
 }
 

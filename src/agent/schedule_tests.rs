@@ -34,6 +34,7 @@ fn blank<K: Clone>(key: K) -> Case<K> {
         look_after: None,
         write_due: None,
         pressing: false,
+        unseen: false,
         recall: false,
         engaged: false,
         migrating: None,
@@ -105,6 +106,23 @@ fn a_migration_that_waits_goes_first_and_no_budget_holds_it_back() {
     let spent = Room { routine_from: now + s(50), ..room(now) };
     assert_eq!(super::next(&[asked.clone(), pressing], now, REFRESH, &spent), Next::Now("pressing", Job::Look));
     assert_eq!(super::next(&[asked], now, REFRESH, &spent), Next::Later(now + s(50)));
+}
+
+#[test]
+fn what_nobody_has_seen_yet_waits_for_no_budget_and_not_behind_routine() {
+    let (start, now) = clock();
+    let spent = Room { routine_from: now + s(240), ..room(now) };
+    let stale = Case { refresh_due: start + s(9_500), ..quiet("stale", now) };
+    // It was not there; that has been said, and its pause is over.
+    let starting =
+        Case { refresh_due: start + s(9_990), look_after: Some(now), unseen: true, fresh: false, ..quiet("starting", now) };
+    let failing = Case { key: "failing", unseen: false, ..starting.clone() };
+    assert_eq!(super::next(&[stale.clone(), starting.clone()], now, REFRESH, &spent), Next::Now("starting", Job::Look));
+    assert_eq!(next(&[stale.clone(), starting.clone()], now, REFRESH), Next::Now("starting", Job::Look));
+    assert_eq!(super::next(&[stale.clone(), failing.clone()], now, REFRESH, &spent), Next::Later(now + s(240)));
+    assert_eq!(next(&[stale, failing], now, REFRESH), Next::Now("stale", Job::Look));
+    let pausing = Case { look_after: Some(now + s(4)), ..starting };
+    assert_eq!(super::next(&[pausing], now, REFRESH, &spent), Next::Later(now + s(4)), "its pause is kept");
 }
 
 #[test]

@@ -16,6 +16,7 @@ use super::{
     checkpoint::{EPOCHS, Epoch},
     remedy,
     schedule::{Case, Job},
+    trouble::{Failure, Trouble, pause},
 };
 use crate::{
     api::{
@@ -38,8 +39,6 @@ pub type Key = (String, String);
 pub const REWRITE: Duration = Duration::from_secs(14 * 60);
 /// The least pause between two writes that answer the same question.
 const WRITE_GAP: Duration = Duration::from_secs(5);
-/// The first and the longest pause after a failed look.
-const BACKOFF: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(300));
 /// The first and the longest pause after a failed write.
 const WRITE_BACKOFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 
@@ -61,17 +60,6 @@ pub struct Seen {
     pub at: Instant,
     /// The same by the wall clock, for `measuredAt`.
     pub measured_at: Timestamp,
-}
-
-/// A look that failed.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Trouble {
-    /// One of [`crate::api::names::reason`].
-    pub reason: &'static str,
-    /// What happened and what to do.
-    pub message: String,
-    failures: u32,
-    until: Instant,
 }
 
 /// One VM of this node.
@@ -178,6 +166,7 @@ impl Vm {
             write_due: self.ready.as_ref().filter(|_| !self.does(Job::Write)).map(|(_, due)| *due),
             recall: !self.recalled && !self.does(Job::Recall),
             pressing: self.beside.hint().is_some(),
+            unseen: self.is_unseen(),
             engaged: self.jobs.iter().any(|job| job.speaks_to_qemu()),
             migrating: self.beside.migrating(),
             dry_run_wanted: self.beside.dry_run_wanted().map(|(_, due)| due),
@@ -214,7 +203,7 @@ impl Vm {
     /// A job panicked: whatever it was, it is not begun again at once.
     pub fn broke_off(&mut self, job: Job, message: &str, now: Instant, spread: f64) {
         match job {
-            Job::Look | Job::Answer => self.failed(reason::NOT_MEASURED, message.to_owned(), now, spread),
+            Job::Look | Job::Answer => self.failed(Failure::Broken, message.to_owned(), now, spread),
             Job::Write => self.write_failed(now, spread),
             Job::Recall => self.recalled = true,
             Job::Along => {
@@ -295,6 +284,13 @@ impl Vm {
         self.seen.as_ref()
     }
 
+    /// Nothing is known of it, not from an earlier life of the agent either, and nothing but its absence has kept us from looking.
+    fn is_unseen(&self) -> bool {
+        let known = self.verdict().is_some_and(|verdict| verdict != Verdict::Unknown);
+        let answered = known && self.published().is_some_and(|status| self.is_answered_by(status));
+        self.seen.is_none() && !answered && self.trouble.as_ref().is_none_or(|trouble| trouble.failure == Failure::Absent)
+    }
+
     /// The last failure, if nothing has succeeded since.
     pub fn trouble(&self) -> Option<&Trouble> {
         self.trouble.as_ref()
@@ -325,9 +321,8 @@ impl Vm {
     }
 
     /// A look failed: leave it alone for a while (`spread` about 1 keeps many apart), and say so unless good data stands.
-    pub fn failed(&mut self, reason: &'static str, message: String, now: Instant, spread: f64) {
-        let failures = self.trouble.as_ref().map_or(0, |trouble| trouble.failures).saturating_add(1);
-        self.trouble = Some(Trouble { reason, message, failures, until: now + backoff(BACKOFF, failures, spread) });
+    pub fn failed(&mut self, failure: Failure, message: String, now: Instant, spread: f64) {
+        self.trouble = Some(Trouble::after(self.trouble.as_ref(), failure, reason::NOT_MEASURED, message, now, spread));
         if self.fresh(now).is_none() {
             self.wanted_since = self.wanted_since.or(Some(now));
         }
@@ -374,21 +369,14 @@ impl Vm {
     /// It could not be written.
     pub fn write_failed(&mut self, now: Instant, spread: f64) {
         self.write_failures = self.write_failures.saturating_add(1);
-        let pause = backoff(WRITE_BACKOFF, self.write_failures, spread);
         if let Some((_, due)) = &mut self.ready {
-            *due = now + pause;
+            *due = now + pause(WRITE_BACKOFF, self.write_failures, spread);
         }
     }
 }
 
 fn life(object: &MigrationForecast) -> Life {
     Life { uid: object.metadata.uid.clone().unwrap_or_default(), pod_uid: object.spec.pod_uid.clone() }
-}
-
-/// Doubles with each failure, up to a limit.
-fn backoff((first, longest): (Duration, Duration), failures: u32, spread: f64) -> Duration {
-    let doubled = 1_u32.checked_shl(failures.saturating_sub(1).min(31)).unwrap_or(u32::MAX);
-    first.saturating_mul(doubled).min(longest).mul_f64(spread.clamp(0.5, 2.0))
 }
 
 #[cfg(test)]

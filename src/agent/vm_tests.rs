@@ -51,7 +51,7 @@ impl Life {
     }
 
     fn fail(&mut self) {
-        self.vm.failed(reason::NOT_MEASURED, "busy".to_owned(), self.now, 1.0);
+        self.vm.failed(Failure::Broken, "busy".to_owned(), self.now, 1.0);
     }
 
     fn case(&self) -> Case<Key> {
@@ -138,6 +138,34 @@ fn failures_back_off_and_do_not_throw_fresh_data_away() {
     assert!(!life.case().fresh && life.case().wanted_since.is_some(), "too old: the failure is told");
     life.look();
     assert_eq!((life.case().look_after, life.case().fresh), (None, true));
+}
+
+#[test]
+fn it_is_unseen_until_a_look_succeeds_or_fails_at_something_that_is_there() {
+    let mut life = Life::new(&object(1, "pod"));
+    let absent = |life: &mut Life| life.vm.failed(Failure::Absent, "still starting".to_owned(), life.now, 1.0);
+    assert!(life.case().unseen);
+    absent(&mut life);
+    assert_eq!((life.case().unseen, life.case().look_after), (true, Some(life.now + s(2))));
+    // What is said of its absence is no answer.
+    let words = MigrationForecastStatus::unknown(reason::NOT_MEASURED, "still starting", life.vm.question(), None);
+    life.vm.answered(words, life.now);
+    life.write();
+    assert!(life.case().unseen);
+    life.fail();
+    assert!(!life.case().unseen, "it is there, and cannot be looked at");
+    absent(&mut life);
+    life.look();
+    assert!(!life.case().unseen);
+    // Nor is it unseen to an agent that was started again.
+    let mut answered = object(1, "pod");
+    life.answer(1000.0);
+    life.write();
+    answered.status = life.vm.published().cloned();
+    assert!(!Life::new(&answered).case().unseen);
+    let mut moved = object(2, "other");
+    moved.status = answered.status;
+    assert!(Life::new(&moved).case().unseen, "that was another question");
 }
 
 #[test]
