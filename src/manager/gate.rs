@@ -13,7 +13,7 @@ use super::{
     Manager, WriteError,
     force::{self, Served},
     hold::{self, HOLDING, LETTING_GO, Step},
-    knowledge::Candidate,
+    judge::Candidate,
     observe::Notice,
     watch::Key,
 };

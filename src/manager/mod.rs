@@ -9,6 +9,7 @@
 //! |---|---|
 //! | [`watch`] | fills the stores |
 //! | [`knowledge`] | the stores, and what can be asked of them together; admission answers from it |
+//! | [`judge`] | decides from it, for admission and for the manager |
 //! | [`question`] | pure: from a VM and its configuration to what should be asked |
 //! | [`dry_run`] | pure: whether a dry run is wanted |
 //! | [`force`] | pure: the MigrationPolicy that applies a remedy to one migration, and when it has served |
@@ -26,6 +27,7 @@ pub mod dry_run;
 pub mod force;
 mod gate;
 pub mod hold;
+pub mod judge;
 pub mod knowledge;
 mod learn;
 mod memory;
@@ -62,7 +64,7 @@ use self::{
     dry_run::{Way, Wish},
     gate::Case,
     hold::Step,
-    knowledge::Candidate,
+    judge::Candidate,
     learn::Ledger,
     memory::Memory,
     question::Desired,

@@ -30,10 +30,7 @@ use self::review::{Admissible, Answer, Request};
 use crate::{
     api::{convert, kubevirt::VirtualMachineInstanceMigration},
     decision::Action,
-    manager::{
-        hold,
-        knowledge::{Judgement, Knowledge},
-    },
+    manager::{hold, judge::Judgement, knowledge::Knowledge},
     model::forecast::Verdict,
 };
 
