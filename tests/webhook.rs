@@ -140,6 +140,16 @@ fn review(object: &Value) -> Value {
     })
 }
 
+/// A review of what this user asks for.
+fn review_of(user: &str, object: &Value) -> Value {
+    let mut review = review(object);
+    review["request"]["userInfo"] = json!({ "username": user, "groups": ["system:authenticated"] });
+    review
+}
+
+/// virt-controller, beside the KubeVirt CR of [`cluster`].
+const VIRT_CONTROLLER: &str = "system:serviceaccount:kubevirt:kubevirt-controller";
+
 async fn post(app: &Router, path: &str, body: Vec<u8>) -> (StatusCode, Vec<u8>) {
     let request = Request::post(path).header("content-type", "application/json").body(Body::from(body)).unwrap();
     let response = app.clone().oneshot(request).await.unwrap();
@@ -162,9 +172,14 @@ async fn validate(app: &Router, review: &Value) -> Value {
 
 /// The object after the mutating webhook's patch.
 async fn mutated(app: &Router, object: &Value) -> Value {
-    let response = ask(app, "/mutate-vmim", &review(object)).await;
+    patched(app, &review(object)).await
+}
+
+/// The object of a review after the mutating webhook's patch.
+async fn patched(app: &Router, review: &Value) -> Value {
+    let response = ask(app, "/mutate-vmim", review).await;
     assert_eq!(response["allowed"], true);
-    let mut object = object.clone();
+    let mut object = review["request"]["object"].clone();
     if let Some(patch) = response.get("patch") {
         assert_eq!(response["patchType"], "JSONPatch");
         let bytes: Vec<u8> = base64(patch);
@@ -232,8 +247,50 @@ async fn modes_and_origins_soften_it() {
     for key in [kubevirt::EVACUATION, kubevirt::WORKLOAD_UPDATE] {
         let mut drained = vmim();
         drained["metadata"]["annotations"][key] = json!("node-1");
-        let response = validate(&app, &review(&drained)).await;
+        let response = validate(&app, &review_of(VIRT_CONTROLLER, &drained)).await;
         assert_eq!((&response["allowed"], response["warnings"].as_array().unwrap().len()), (&json!(true), 1));
+    }
+}
+
+#[tokio::test]
+async fn only_kubevirt_is_believed_that_it_drains() {
+    let (app, _) = cluster(Some("Enforce"), Some(failing()));
+    let mut drained = vmim();
+    drained["metadata"]["annotations"] = json!({ kubevirt::EVACUATION: "node-1", annotation::ORIGIN: "Evacuation" });
+    for (user, origin) in [
+        (VIRT_CONTROLLER, "Evacuation"),
+        ("ann", "Person"),
+        ("", "Person"),
+        ("system:serviceaccount:kubevirt:kubevirt-apiserver", "Person"),
+        // Whoever may make namespaces can make an account of that name.
+        ("system:serviceaccount:shop:kubevirt-controller", "Person"),
+        ("system:serviceaccount:kubevirt-controller", "Person"),
+        ("kubevirt:kubevirt-controller", "Person"),
+    ] {
+        let review = review_of(user, &drained);
+        assert_eq!(validate(&app, &review).await["allowed"], origin != "Person", "{user}");
+        assert_eq!(patched(&app, &review).await["metadata"]["annotations"][annotation::ORIGIN], origin, "{user}");
+    }
+    // What KubeVirt makes for no drain is somebody's.
+    let plain = patched(&app, &review_of(VIRT_CONTROLLER, &vmim())).await;
+    assert_eq!(plain["metadata"]["annotations"][annotation::ORIGIN], "Person");
+}
+
+/// What admission has noted counts once the migration is there; where it was not asked, what the migration says.
+#[tokio::test]
+async fn the_gate_goes_by_who_asked_for_the_migration() {
+    for (annotations, held) in [
+        (json!({ kubevirt::EVACUATION: "node-1", annotation::ORIGIN: "Person" }), true),
+        (json!({ kubevirt::EVACUATION: "node-1", annotation::ORIGIN: "Evacuation" }), false),
+        (json!({ kubevirt::EVACUATION: "node-1" }), false),
+        (json!({}), true),
+    ] {
+        let mut migration = created("Pending");
+        migration["metadata"]["annotations"] = annotations.clone();
+        let (app, ..) = cluster_with(Some("Enforce"), Some(doubtful()), |feeds| {
+            fill(&mut feeds.migrations, std::slice::from_ref(&migration));
+        });
+        assert_eq!(gates(&app, &target_pod(&labels(), &Value::Null)).await.is_array(), held, "{annotations}");
     }
 }
 

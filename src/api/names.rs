@@ -56,6 +56,8 @@ pub mod annotation {
     pub const VERDICT: &str = "migvisor.io/verdict";
     /// Why the verdict is what it is: one of [`super::reason`].
     pub const REASON: &str = "migvisor.io/reason";
+    /// Who wants the migration, as admission saw it: `Person`, `Evacuation`, `Descheduler` or `WorkloadUpdate`.
+    pub const ORIGIN: &str = "migvisor.io/origin";
     /// The share of replays that converged, 0..=1.
     pub const PROBABILITY: &str = "migvisor.io/probability";
     /// `PC` or `DR`.
@@ -86,6 +88,10 @@ pub mod kubevirt {
     pub const EVICTION_SOURCE: &str = "kubevirt.io/eviction-source";
     /// The value of [`EVICTION_SOURCE`] for the descheduler.
     pub const DESCHEDULER: &str = "descheduler";
+    /// The ServiceAccount of virt-controller, which alone makes migrations for drains and workload updates, in the namespace of the KubeVirt CR.
+    pub const CONTROLLER: &str = "kubevirt-controller";
+    /// Where KubeVirt is usually installed.
+    pub const NAMESPACE: &str = "kubevirt";
     /// On a launcher pod: the VMI's name.
     pub const DOMAIN: &str = "kubevirt.io/domain";
     /// Label of a target pod, and of its hotplug attachment pods: UID of the VMIM.

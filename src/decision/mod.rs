@@ -6,17 +6,18 @@
 //! The table of what happens is in `docs/architecture.md`; the test `the_documents_table` reads it and holds the code to it.
 
 mod message;
+mod origin;
 
 use k8s_openapi::jiff::Timestamp;
 
+pub use self::origin::Origin;
 use crate::{
     api::{
         MigrationForecast, MigrationForecastSpec, MigrationForecastStatus,
         dry_run::DryRunPhase,
         forecast::{BudgetEnd, is_fresh},
-        kubevirt::{VirtualMachineInstance, VirtualMachineInstanceMigration},
         migration_override::MigrationOverride,
-        names::{self, reason},
+        names::reason,
         policy::{DryRunMode, Evacuations, Mode, PredictionPolicy},
         remedy::RemedyAnswer,
     },
@@ -28,44 +29,6 @@ pub const HOPELESS: f64 = 0.02;
 
 /// Above this probability nothing is denied, whatever the verdict says.
 const MOST_PROBABILITY_DENIED: f64 = 0.1;
-
-/// Who wants the migration.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Origin {
-    /// A person, or a program that is not KubeVirt's.
-    Person,
-    /// A drain or an eviction: KubeVirt asks again for ever.
-    Evacuation,
-    /// The descheduler, through an eviction.
-    Descheduler,
-    /// KubeVirt's workload updater.
-    WorkloadUpdate,
-}
-
-impl Origin {
-    /// From a migration, and what is known of its VM.
-    pub fn of(migration: &VirtualMachineInstanceMigration, vmi: Option<&VirtualMachineInstance>) -> Self {
-        let annotations = migration.metadata.annotations.as_ref();
-        let has = |key: &str| annotations.is_some_and(|annotations| annotations.contains_key(key));
-        let evicted_by = vmi.and_then(|vmi| vmi.metadata.annotations.as_ref()?.get(names::kubevirt::EVICTION_SOURCE));
-        if has(names::kubevirt::EVACUATION) {
-            if evicted_by.is_some_and(|source| source == names::kubevirt::DESCHEDULER) {
-                Self::Descheduler
-            } else {
-                Self::Evacuation
-            }
-        } else if has(names::kubevirt::WORKLOAD_UPDATE) {
-            Self::WorkloadUpdate
-        } else {
-            Self::Person
-        }
-    }
-
-    /// KubeVirt itself wants it, and would ask again and again.
-    pub fn is_kubevirts(self) -> bool {
-        self != Self::Person
-    }
-}
 
 /// Can a migration be held back now?
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

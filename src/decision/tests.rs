@@ -298,25 +298,6 @@ fn an_override_lets_through_and_says_so() {
 }
 
 #[test]
-fn who_wants_it_is_read_off_the_migration_and_its_vm() {
-    let migration = |key: &str| -> VirtualMachineInstanceMigration {
-        serde_json::from_value(serde_json::json!({ "metadata": { "annotations": { key: "" } } })).unwrap()
-    };
-    let evicted: VirtualMachineInstance = serde_json::from_value(
-        serde_json::json!({ "metadata": { "annotations": { names::kubevirt::EVICTION_SOURCE: "descheduler" } } }),
-    )
-    .unwrap();
-    for (key, vmi, origin) in [
-        (names::kubevirt::EVACUATION, None, Origin::Evacuation),
-        (names::kubevirt::EVACUATION, Some(&evicted), Origin::Descheduler),
-        (names::kubevirt::WORKLOAD_UPDATE, Some(&evicted), Origin::WorkloadUpdate),
-        ("x", Some(&evicted), Origin::Person),
-    ] {
-        assert_eq!(Origin::of(&migration(key), vmi), origin);
-    }
-}
-
-#[test]
 fn what_kubevirt_would_force_through_is_only_warned() {
     for (end, auto) in [(BudgetEnd::PostCopy, false), (BudgetEnd::Pause, false), (BudgetEnd::Abort, true)] {
         let present = MigrationForecastSpec { when_budget_ends: end, auto_converge: auto, ..spec() };

@@ -50,16 +50,17 @@ impl<'a> Candidate<'a> {
 impl Knowledge {
     /// A migration that there is, as a candidate. `pod`: its target pod.
     pub fn candidate<'a>(&self, migration: &'a VirtualMachineInstanceMigration, pod: Option<&'a Pod>) -> Candidate<'a> {
-        let namespace = migration.metadata.namespace.as_deref().unwrap_or_default();
-        Candidate { stage: Stage::Admitted, pod, ..self.request(namespace, migration) }
-    }
-
-    /// A migration that is asked for.
-    pub fn request<'a>(&self, namespace: &'a str, migration: &'a VirtualMachineInstanceMigration) -> Candidate<'a> {
-        let vmi_name = &migration.spec.vmi_name;
+        let (namespace, vmi_name) = (migration.metadata.namespace.as_deref().unwrap_or_default(), &migration.spec.vmi_name);
         let origin = Origin::of(migration, self.vmi(namespace, vmi_name).as_deref());
         let leaves_cluster = migration.spec.send_to.is_some();
-        Candidate { namespace, vmi_name, leaves_cluster, origin, stage: Stage::Request, pod: None }
+        Candidate { namespace, vmi_name, leaves_cluster, origin, stage: Stage::Admitted, pod }
+    }
+
+    /// A migration that this user asks for.
+    pub fn request<'a>(&self, namespace: &'a str, migration: &'a VirtualMachineInstanceMigration, user: &str) -> Candidate<'a> {
+        let vmi = self.vmi(namespace, &migration.spec.vmi_name);
+        let origin = Origin::of_request(migration, vmi.as_deref(), self.is_kubevirt(user));
+        Candidate { namespace, origin, stage: Stage::Request, ..self.candidate(migration, None) }
     }
 
     /// Allow, warn, hold or deny, from what is known now.

@@ -23,7 +23,7 @@ use crate::api::{
     MigrationForecast, MigrationForecastSpec, MigrationOverride, PredictionPolicy,
     forecast::HostConstants,
     kubevirt::{KubeVirt, MigrationPolicy, VirtualMachineInstance, VirtualMachineInstanceMigration},
-    policy,
+    names, policy,
 };
 
 /// The readers' side.
@@ -48,6 +48,8 @@ pub struct Knowledge {
     /// For their labels.
     pub namespaces: Store<Namespace>,
     managed: Managed,
+    /// KubeVirt's controller, as the API server names it; `None`: by where the KubeVirt CR is.
+    controller: Option<Arc<str>>,
 }
 
 /// Is a manager alive that would let go what is held?
@@ -98,6 +100,7 @@ impl Knowledge {
             kubevirts: feeds.kubevirts.as_reader(),
             namespaces: feeds.namespaces.as_reader(),
             managed: Managed(Arc::new(|| false)),
+            controller: None,
         };
         (knowledge, feeds)
     }
@@ -106,6 +109,22 @@ impl Knowledge {
     #[must_use]
     pub fn managed_while(self, alive: impl Fn() -> bool + Send + Sync + 'static) -> Self {
         Self { managed: Managed(Arc::new(alive)), ..self }
+    }
+
+    /// With this as the name of KubeVirt's controller to the API server; without, it is the usual ServiceAccount beside the KubeVirt CR.
+    #[must_use]
+    pub fn with_kubevirt_as(self, user: &str) -> Self {
+        Self { controller: Some(user.into()), ..self }
+    }
+
+    /// Is this user, as the API server names it, KubeVirt's controller?
+    pub fn is_kubevirt(&self, user: &str) -> bool {
+        if let Some(controller) = &self.controller {
+            return **controller == *user;
+        }
+        let account = user.strip_prefix("system:serviceaccount:").and_then(|account| account.split_once(':'));
+        let namespace = self.kubevirt().and_then(|kubevirt| kubevirt.namespace());
+        account == Some((namespace.as_deref().unwrap_or(names::kubevirt::NAMESPACE), names::kubevirt::CONTROLLER))
     }
 
     /// Returns once every store has been filled for the first time; never, if the watches ended before.
@@ -241,5 +260,28 @@ impl Knowledge {
     pub fn namespace_labels(&self, vmi: &VirtualMachineInstance) -> BTreeMap<String, String> {
         let name = vmi.metadata.namespace.as_deref().unwrap_or_default();
         self.namespaces.get(&ObjectRef::new(name)).map(|namespace| namespace.labels().clone()).unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use kube::runtime::watcher::Event;
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn virt_controller_is_where_kubevirt_is_or_who_it_is_said_to_be() {
+        let (knowledge, mut feeds) = Knowledge::new();
+        let account = |namespace: &str| format!("system:serviceaccount:{namespace}:kubevirt-controller");
+        assert!(knowledge.is_kubevirt(&account("kubevirt")), "no KubeVirt CR has been seen");
+        let cr = json!({ "metadata": { "name": "cnv", "namespace": "openshift-cnv" } });
+        feeds.kubevirts.apply_watcher_event(&Event::Init);
+        feeds.kubevirts.apply_watcher_event(&Event::InitApply(serde_json::from_value(cr).unwrap()));
+        feeds.kubevirts.apply_watcher_event(&Event::InitDone);
+        assert!(knowledge.is_kubevirt(&account("openshift-cnv")) && !knowledge.is_kubevirt(&account("kubevirt")));
+        let told = knowledge.with_kubevirt_as("virt@example.org");
+        assert!(told.is_kubevirt("virt@example.org") && !told.is_kubevirt(&account("openshift-cnv")));
     }
 }

@@ -9,6 +9,7 @@ mod metrics;
 mod review;
 
 use std::{
+    collections::BTreeMap,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -28,8 +29,8 @@ use tracing::info;
 
 use self::review::{Admissible, Answer, Request};
 use crate::{
-    api::{convert, kubevirt::VirtualMachineInstanceMigration},
-    decision::Action,
+    api::{convert, kubevirt::VirtualMachineInstanceMigration, names::annotation},
+    decision::{Action, Origin},
     manager::{hold, judge::Judgement, knowledge::Knowledge},
     model::forecast::Verdict,
 };
@@ -107,11 +108,16 @@ fn mutate(admission: &Admission, request: &Request<Migration>) -> Answer {
     }
     let Some(migration) = request.object() else { return Answer::allow() };
     let annotations = match judge(admission, request) {
-        Some(Judgement { decision, forecast }) => match forecast.as_deref().and_then(|forecast| forecast.status.as_ref()) {
-            Some(status) if decision.verdict != Verdict::Unknown => convert::annotations(status),
-            _ => convert::unknown_annotations(decision.reason),
-        },
-        None => std::collections::BTreeMap::new(),
+        Some((origin, Judgement { decision, forecast })) => {
+            let mut annotations = match forecast.as_deref().and_then(|forecast| forecast.status.as_ref()) {
+                Some(status) if decision.verdict != Verdict::Unknown => convert::annotations(status),
+                _ => convert::unknown_annotations(decision.reason),
+            };
+            // Nobody else will be told who asked.
+            annotations.insert(annotation::ORIGIN.to_owned(), origin.as_str().to_owned());
+            annotations
+        }
+        None => BTreeMap::new(),
     };
     Answer::allow().with_patch(review::annotate(migration, annotations))
 }
@@ -125,7 +131,7 @@ fn validate(admission: &Admission, request: &Request<Migration>) -> Answer {
         admission.metrics.count("Unknown", Action::AllowWithWarning, "UnreadableObject", request.is_dry_run());
         return Answer::allow().with_warning(format!("migvisor cannot read this migration and lets it pass unseen: {problem}"));
     }
-    let Some(Judgement { decision, .. }) = judge(admission, request) else { return Answer::allow() };
+    let Some((_, Judgement { decision, .. })) = judge(admission, request) else { return Answer::allow() };
     admission.metrics.count(&format!("{:?}", decision.verdict), decision.action, decision.reason, request.is_dry_run());
     match decision.action {
         Action::Allow => Answer::allow(),
@@ -143,11 +149,11 @@ fn validate(admission: &Admission, request: &Request<Migration>) -> Answer {
     }
 }
 
-/// The decision; `None` where there is nothing to decide (a migration that comes in from another cluster).
-fn judge(admission: &Admission, request: &Request<Migration>) -> Option<Judgement> {
+/// Who wants it, and the decision; `None` where there is nothing to decide (a migration that comes in from another cluster).
+fn judge(admission: &Admission, request: &Request<Migration>) -> Option<(Origin, Judgement)> {
     let migration = request.object().filter(|migration| migration.spec.receive.is_none())?;
-    let candidate = admission.knowledge.request(request.namespace(), migration);
-    Some(admission.knowledge.judge(candidate, (admission.clock)()))
+    let candidate = admission.knowledge.request(request.namespace(), migration, request.user());
+    Some((candidate.origin, admission.knowledge.judge(candidate, (admission.clock)())))
 }
 
 /// Holds a target pod: decided anew, from what is known now. A decision that has turned to a denial holds it as well, for the manager to
