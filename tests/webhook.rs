@@ -452,19 +452,32 @@ fn target_pod(labels: &Value, gates: &Value) -> Value {
         "apiVersion": "v1", "kind": "Pod",
         "metadata": {
             "name": "virt-launcher-wild-2", "namespace": "shop", "labels": labels, "creationTimestamp": "2026-11-22T11:59:00Z",
-            "annotations": { "kubevirt.io/domain": "wild" }
+            "annotations": { "kubevirt.io/domain": "wild" },
+            "ownerReferences": [{
+                "apiVersion": "kubevirt.io/v1", "kind": "VirtualMachineInstance", "name": "wild", "uid": "uid-wild", "controller": true
+            }]
         },
         "spec": { "containers": [{ "name": "compute", "image": "virt-launcher" }], "schedulingGates": gates }
     })
 }
 
 fn labels() -> Value {
-    json!({ "kubevirt.io": "virt-launcher", "kubevirt.io/migrationJobUID": "uid-m" })
+    labels_for("uid-m")
 }
 
-/// The gates of a pod after admission.
+/// The labels of a target pod of the VM `shop/wild` for the migration of this UID.
+fn labels_for(migration: &str) -> Value {
+    json!({ "kubevirt.io": "virt-launcher", "kubevirt.io/migrationJobUID": migration, "kubevirt.io/created-by": "uid-wild" })
+}
+
+/// The gates of a pod of KubeVirt's after admission.
 async fn gates(app: &Router, pod: &Value) -> Value {
-    let mut review = review(pod);
+    gates_of(app, VIRT_CONTROLLER, pod).await
+}
+
+/// The gates of this user's pod after admission.
+async fn gates_of(app: &Router, user: &str, pod: &Value) -> Value {
+    let mut review = review_of(user, pod);
     review["request"]["kind"] = json!({ "group": "", "version": "v1", "kind": "Pod" });
     review["request"]["resource"] = json!({ "group": "", "version": "v1", "resource": "pods" });
     let response = ask(app, "/mutate-pod", &review).await;
@@ -491,10 +504,12 @@ async fn a_doubtful_migration_passes_and_its_target_pod_is_held() {
     assert_eq!(gates(&app, &target_pod(&labels(), &json!([ours]))).await, json!([ours]), "once");
 
     let attachment = json!({ "kubevirt.io": "hotplug-disk", "kubevirt.io/migrationJobUID": "uid-m" });
-    let stranger = json!({ "kubevirt.io": "virt-launcher", "kubevirt.io/migrationJobUID": "uid-x" });
-    for labels in [attachment, stranger, json!({ "kubevirt.io": "virt-launcher" })] {
+    for labels in [attachment, labels_for("uid-x"), json!({ "kubevirt.io": "virt-launcher" })] {
         assert_eq!(gates(&app, &target_pod(&labels, &Value::Null)).await, Value::Null, "{labels}");
     }
+    let others =
+        json!({ "kubevirt.io": "virt-launcher", "kubevirt.io/migrationJobUID": "uid-m", "kubevirt.io/created-by": "uid-calm" });
+    assert_eq!(gates(&app, &target_pod(&others, &Value::Null)).await, Value::Null, "another VM's pod");
     let mut of_another_vm = target_pod(&labels(), &Value::Null);
     of_another_vm["metadata"]["annotations"]["kubevirt.io/domain"] = json!("calm");
     assert_eq!(gates(&app, &of_another_vm).await, Value::Null, "whoever may make pods can say so");
@@ -515,11 +530,25 @@ async fn a_doubtful_migration_passes_and_its_target_pod_is_held() {
     assert_eq!(gates(&app, &target_pod(&labels(), &Value::Null)).await, json!([ours]));
 }
 
+/// Whoever may make pods could else have the manager act on a migration of somebody else's.
+#[tokio::test]
+async fn nobody_but_kubevirt_makes_a_pod_with_our_gate() {
+    let (app, ..) = cluster_with(Some("Enforce"), Some(doubtful()), |feeds| fill(&mut feeds.migrations, &[created("Pending")]));
+    let (ours, theirs) = (json!({ "name": "migvisor.io/dry-run" }), json!({ "name": "other/gate" }));
+    for (made_with, left) in [
+        (Value::Null, Value::Null),
+        (json!([theirs]), json!([theirs])),
+        (json!([ours]), json!([])),
+        (json!([theirs, ours]), json!([theirs])),
+    ] {
+        assert_eq!(gates_of(&app, "ann", &target_pod(&labels(), &made_with)).await, left, "{made_with}");
+    }
+}
+
 #[tokio::test]
 async fn so_many_are_held_and_no_more() {
     let held = |i: u32| {
-        let uid = json!({ "kubevirt.io": "virt-launcher", "kubevirt.io/migrationJobUID": format!("uid-{i}") });
-        let mut pod = target_pod(&uid, &json!([{ "name": "migvisor.io/dry-run" }]));
+        let mut pod = target_pod(&labels_for(&format!("uid-{i}")), &json!([{ "name": "migvisor.io/dry-run" }]));
         pod["metadata"]["name"] = json!(format!("held-{i}"));
         pod
     };

@@ -96,6 +96,8 @@ pub mod kubevirt {
     pub const DOMAIN: &str = "kubevirt.io/domain";
     /// Label of a target pod, and of its hotplug attachment pods: UID of the VMIM.
     pub const MIGRATION_JOB: &str = "kubevirt.io/migrationJobUID";
+    /// Label of a launcher pod: UID of the VMI that it was made for.
+    pub const CREATED_BY: &str = "kubevirt.io/created-by";
     /// Label of every pod of KubeVirt's: what it is.
     pub const COMPONENT: &str = "kubevirt.io";
     /// The value of [`COMPONENT`] for the pods that hold VMs.

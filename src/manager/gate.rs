@@ -51,7 +51,7 @@ impl Manager {
     ) -> Vec<Case> {
         let now = Timestamp::now();
         let case = |migration: &Arc<VirtualMachineInstanceMigration>| {
-            let pod = hold::pod_of(pods, migration);
+            let pod = vmi.and_then(|vmi| hold::pod_of(pods, migration, vmi));
             let decision = self.knowledge.judge(self.knowledge.candidate(migration, pod), now).decision;
             let uid = migration.metadata.uid.as_deref().unwrap_or_default();
             let forced = decision.remedy.is_some() && vmi.is_some_and(|vmi| self.knowledge.is_forced(vmi, uid));
@@ -221,14 +221,15 @@ impl Manager {
         first
     }
 
-    /// Lets go those of a VM's pods whose migration nobody knows.
+    /// Lets go those of a VM's pods that are no known migration's own.
     pub(super) async fn let_orphans_go(
         &self,
         pods: &[Arc<Pod>],
+        vmi: Option<&VirtualMachineInstance>,
         migrations: &[Arc<VirtualMachineInstanceMigration>],
     ) -> Result<(), WriteError> {
         let now = Timestamp::now();
-        for pod in pods.iter().filter(|pod| hold::is_orphan(pod, migrations, now)) {
+        for pod in pods.iter().filter(|pod| hold::is_orphan(pod, migrations, vmi, now)) {
             self.writer.let_go(pod).await?;
         }
         Ok(())

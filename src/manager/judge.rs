@@ -2,7 +2,7 @@
 //!
 //! In: [`Knowledge`], a migration that is asked for or that there is, the time. Out: the decision, and what it rests on. No I/O.
 
-use std::{collections::HashSet, sync::Arc};
+use std::{collections::HashMap, sync::Arc};
 
 use k8s_openapi::{api::core::v1::Pod, jiff::Timestamp};
 
@@ -125,14 +125,22 @@ impl Knowledge {
     /// How many migrations are held. A pod that merely says it is one of theirs takes nobody's place: whoever may make pods could make many.
     fn held(&self) -> usize {
         let gated = self.pods.state_filter(hold::is_gated);
-        let gated: HashSet<_> =
-            gated.iter().filter_map(|pod| Some((pod.metadata.namespace.as_deref()?, hold::migration_of(pod)?))).collect();
-        if gated.is_empty() {
+        let mut claims: HashMap<&str, Vec<&Pod>> = HashMap::new();
+        for pod in &gated {
+            if let Some(uid) = hold::migration_of(pod) {
+                claims.entry(uid).or_default().push(pod);
+            }
+        }
+        if claims.is_empty() {
             return 0;
         }
         let is_held = |migration: &VirtualMachineInstanceMigration| {
-            let (namespace, uid) = (migration.metadata.namespace.as_deref(), migration.metadata.uid.as_deref());
-            migration.is_under_way() && namespace.zip(uid).is_some_and(|key| gated.contains(&key))
+            let claims = migration.metadata.uid.as_deref().and_then(|uid| claims.get(uid));
+            let Some(claims) = claims.filter(|_| migration.is_under_way()) else { return false };
+            let namespace = migration.metadata.namespace.as_deref().unwrap_or_default();
+            let Some(vmi) = self.vmi(namespace, &migration.spec.vmi_name) else { return false };
+            let here = |pod: &&Pod| pod.metadata.namespace.as_deref() == Some(namespace);
+            claims.iter().any(|pod| here(pod) && hold::is_its_own(pod, migration, &vmi))
         };
         self.migrations.state_filter(is_held).len()
     }

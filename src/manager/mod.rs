@@ -255,7 +255,7 @@ impl Manager {
         let Some(vmi) = self.knowledge.vmi(&key.namespace, &key.name) else {
             // Its forecast goes with it: it is the owner.
             self.memory.lock().unwrap_or_else(PoisonError::into_inner).remove(key);
-            self.let_orphans_go(&pods, &[]).await?;
+            self.let_orphans_go(&pods, None, &[]).await?;
             self.unforce(key, None, &[]).await?;
             return Ok(pods.iter().any(|pod| hold::is_gated(pod)).then_some(hold::LETTING_GO));
         };
@@ -267,7 +267,7 @@ impl Manager {
         let asked = self.ask(key, &vmi, stored.as_deref(), &migrations, &cases).await;
         // Whatever became of the question: nothing stays held for it.
         let held = self.carry_out(key, Some(&vmi), stored.as_deref(), &cases).await?;
-        self.let_orphans_go(&pods, &migrations).await?;
+        self.let_orphans_go(&pods, Some(&vmi), &migrations).await?;
         self.unforce(key, Some(&vmi), &migrations).await?;
         self.nudge(key, &vmi, &migrations).await?;
         let (stored, again) = match (stored, asked?) {

@@ -113,6 +113,13 @@ fn mutate(admission: &Admission, request: &Request<Migration>) -> Answer {
                 Some(status) if decision.verdict != Verdict::Unknown => convert::annotations(status),
                 _ => convert::unknown_annotations(decision.reason),
             };
+            if !origin.is_kubevirts() && Origin::of_request(migration, None, true).is_kubevirts() {
+                info!(
+                    namespace = request.namespace(),
+                    user = request.user(),
+                    "not KubeVirt's controller (--kubevirt-controller): a migration that says it is a drain's or an update's counts as a person's"
+                );
+            }
             // Nobody else will be told who asked.
             annotations.insert(annotation::ORIGIN.to_owned(), origin.as_str().to_owned());
             annotations
@@ -157,15 +164,19 @@ fn judge(admission: &Admission, request: &Request<Migration>) -> Option<(Origin,
 }
 
 /// Holds a target pod: decided anew, from what is known now. A decision that has turned to a denial holds it as well, for the manager to
-/// abandon the migration before anything is sent.
+/// abandon the migration before anything is sent. Target pods are KubeVirt's to make: on anybody else's our gate is taken off.
 fn gate(admission: &Admission, request: &Request<Pod>) -> Answer {
     let Some(pod) = request.object().filter(|_| request.is_create()) else { return Answer::allow() };
+    if !admission.knowledge.is_kubevirt(request.user()) {
+        return Answer::allow().with_patch(review::ungate(pod));
+    }
     // Hotplug attachment pods and pods of other clusters' migrations are nobody's here.
     let Some(migration) = hold::migration_of(pod).and_then(|uid| admission.knowledge.migration(uid)) else {
         return Answer::allow();
     };
-    let is_its_own = migration.metadata.namespace.as_deref() == Some(request.namespace())
-        && hold::vmi_of(pod) == Some(migration.spec.vmi_name.as_str());
+    let here = migration.metadata.namespace.as_deref() == Some(request.namespace());
+    let vmi = admission.knowledge.vmi(request.namespace(), &migration.spec.vmi_name);
+    let is_its_own = here && vmi.is_some_and(|vmi| hold::is_its_own(pod, &migration, &vmi));
     if !migration.is_under_way() || !is_its_own || hold::is_gated(pod) {
         return Answer::allow();
     }
