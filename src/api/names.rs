@@ -132,6 +132,8 @@ pub mod reason {
     pub const NO_NODE: &str = "NoNode";
     /// A plan: KubeVirt cannot migrate the VM at all.
     pub const NOT_MIGRATABLE: &str = "NotLiveMigratable";
+    /// A dry run: it did not converge within its own deadline.
+    pub const DEADLINE_EXCEEDED: &str = "DeadlineExceeded";
     /// The question itself cannot be read.
     pub const BAD_QUESTION: &str = "InvalidQuestion";
 }

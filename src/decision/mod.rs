@@ -14,7 +14,6 @@ pub use self::origin::Origin;
 use crate::{
     api::{
         MigrationForecast, MigrationForecastSpec, MigrationForecastStatus,
-        dry_run::DryRunPhase,
         forecast::{BudgetEnd, is_fresh},
         migration_override::MigrationOverride,
         names::reason,
@@ -248,10 +247,11 @@ fn act<'a>(input: &Input<'a>, present: &'a MigrationForecastSpec, forecast: &For
     }
 }
 
-/// The dry run of this question was withdrawn before it had a result: by a migration, a hotplug, or the absence of a manager.
+/// The dry run of this question was withdrawn before it had a result. One that reached its own deadline had its time: then the pattern alone
+/// speaks, as where nothing is tried out.
 fn was_cut_short(input: &Input<'_>, present: &MigrationForecastSpec) -> bool {
     let tried = input.forecast.and_then(|forecast| forecast.status.as_ref()?.dry_run.as_ref());
-    tried.is_some_and(|tried| tried.phase == DryRunPhase::Cancelled && tried.is_over(&present.fingerprint(), input.now))
+    tried.is_some_and(|tried| tried.was_cut_short() && tried.is_over(&present.fingerprint(), input.now))
 }
 
 /// An agent has begun the dry run that is asked for.

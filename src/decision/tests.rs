@@ -218,19 +218,39 @@ fn what_was_let_through_is_not_denied_for_the_want_of_room() {
 
 #[test]
 fn what_was_let_through_to_be_tried_out_is_not_denied_because_nobody_did() {
+    let mut doubtful = object(spec(), &model(Verdict::Borderline, 0.5), MINUTE);
     let (mut object, present) = (object(spec(), &model(Verdict::Fails, 0.05), MINUTE), spec());
     let mut policy = policy(Mode::Enforce);
     policy.spec.dry_run = Some(DryRunPolicy { mode: DryRunMode::OnDemand, ..DryRunPolicy::default() });
-    for (phase, admitted) in [(DryRunPhase::Cancelled, Action::AllowWithWarning), (DryRunPhase::Refused, Action::Deny)] {
+    let own_deadline = Some(reason::DEADLINE_EXCEEDED);
+    for (phase, why, admitted) in [
+        (DryRunPhase::Cancelled, None, Action::AllowWithWarning),
+        (DryRunPhase::Cancelled, Some("AnythingElse"), Action::AllowWithWarning),
+        // It had its time, and did not converge within that.
+        (DryRunPhase::Cancelled, own_deadline, Action::Deny),
+        (DryRunPhase::Refused, None, Action::Deny),
+    ] {
         object.status.as_mut().unwrap().dry_run = Some(DryRunStatus {
             completed_at: Some(Time(now())),
-            ..DryRunStatus::new("doubt-1", present.fingerprint(), phase, "")
+            reason: why.map(str::to_owned),
+            ..DryRunStatus::new("doubt-1", present.fingerprint(), phase, "it ended")
         });
         for (stage, expected) in [(Stage::Admitted, admitted), (Stage::Request, Action::Deny)] {
             let input = Input { policy: Some(&policy), stage, ..input(&object, &present, Mode::Enforce) };
-            assert_eq!(decide(&input).action, expected, "{phase:?} {stage:?}");
+            let decision = decide(&input);
+            assert_eq!(decision.action, expected, "{phase:?} {why:?} {stage:?}");
+            let told = decision.message.contains("came to nothing: it ended.");
+            assert_eq!(told, stage == Stage::Admitted, "{}", decision.message);
         }
     }
+    // What leaves a doubt only is warned of, as without a dry run.
+    doubtful.status.as_mut().unwrap().dry_run = Some(DryRunStatus {
+        completed_at: Some(Time(now())),
+        reason: own_deadline.map(str::to_owned),
+        ..DryRunStatus::new("doubt-1", present.fingerprint(), DryRunPhase::Cancelled, "")
+    });
+    let input = Input { policy: Some(&policy), stage: Stage::Admitted, ..input(&doubtful, &present, Mode::Enforce) };
+    assert_eq!(decide(&input).action, Action::AllowWithWarning);
 }
 
 #[test]
