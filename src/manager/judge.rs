@@ -134,14 +134,14 @@ impl Knowledge {
         if claims.is_empty() {
             return 0;
         }
+        let claims_of = |migration: &VirtualMachineInstanceMigration| claims.get(migration.metadata.uid.as_deref()?);
+        let claimed = self.migrations.state_filter(|migration| migration.is_under_way() && claims_of(migration).is_some());
         let is_held = |migration: &VirtualMachineInstanceMigration| {
-            let claims = migration.metadata.uid.as_deref().and_then(|uid| claims.get(uid));
-            let Some(claims) = claims.filter(|_| migration.is_under_way()) else { return false };
             let namespace = migration.metadata.namespace.as_deref().unwrap_or_default();
             let Some(vmi) = self.vmi(namespace, &migration.spec.vmi_name) else { return false };
-            let here = |pod: &&Pod| pod.metadata.namespace.as_deref() == Some(namespace);
-            claims.iter().any(|pod| here(pod) && hold::is_its_own(pod, migration, &vmi))
+            let here = |pod: &Pod| pod.metadata.namespace.as_deref() == Some(namespace);
+            claims_of(migration).into_iter().flatten().any(|pod| here(pod) && hold::is_its_own(pod, migration, &vmi))
         };
-        self.migrations.state_filter(is_held).len()
+        claimed.iter().filter(|migration| is_held(migration)).count()
     }
 }

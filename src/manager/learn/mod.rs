@@ -68,7 +68,8 @@ impl Ledger {
         }
     }
 
-    /// Notes a migration whose guest QEMU slows down: forecasts are of migrations without.
+    /// Notes a migration whose guest QEMU slows down: forecasts are of migrations without. `lastMigration` says so, too, and outlives us; but where
+    /// QEMU is gone before it tells of the end, there is none.
     pub(super) fn note(&self, stored: &MigrationForecast) {
         let in_flight = stored.status.as_ref().and_then(|status| status.in_flight.as_ref());
         let throttled = in_flight.filter(|it| it.throttle_percent.is_some()).and_then(|it| it.migration_uid.clone());
@@ -200,11 +201,17 @@ impl Manager {
 
     /// No other migration shared one of its nodes.
     fn had_the_line(&self, state: &MigrationState) -> bool {
-        let beside = |other: Option<&MigrationState>| other.is_some_and(|other| evidence::is_beside(state, other));
         let knowledge = &self.knowledge;
-        // What has ended is told by its migration, what runs by its VM.
-        knowledge.migrations.find(|other| beside(other.status.migration_state.as_ref())).is_none()
-            && knowledge.vmis.find(|other| beside(other.status.migration_state.as_ref())).is_none()
+        let beside = |other: Option<&MigrationState>| other.is_some_and(|other| evidence::is_beside(state, other, true));
+        // What has ended is told by its migration, what runs by its VM. Whether it runs is asked once no store is being read.
+        let migrations = knowledge.migrations.state_filter(|other| beside(other.status.migration_state.as_ref()));
+        let vmis = knowledge.vmis.state_filter(|other| beside(other.status.migration_state.as_ref()));
+        let runs = |other: &MigrationState| knowledge.migration(&other.migration_uid).is_some_and(|other| other.is_under_way());
+        let states = migrations
+            .iter()
+            .map(|other| other.status.migration_state.as_ref())
+            .chain(vmis.iter().map(|other| other.status.migration_state.as_ref()));
+        !states.flatten().any(|other| evidence::is_beside(state, other, runs(other)))
     }
 
     /// QEMU's cap: as it was handed over, else as it would be now.
