@@ -98,6 +98,8 @@ pub mod kubevirt {
     pub const MIGRATION_JOB: &str = "kubevirt.io/migrationJobUID";
     /// Label of a launcher pod: UID of the VMI that it was made for.
     pub const CREATED_BY: &str = "kubevirt.io/created-by";
+    /// Label of a VMI: the node that it runs on. virt-api lets nobody but KubeVirt change it.
+    pub const NODE: &str = "kubevirt.io/nodeName";
     /// Label of every pod of KubeVirt's: what it is.
     pub const COMPONENT: &str = "kubevirt.io";
     /// The value of [`COMPONENT`] for the pods that hold VMs.
