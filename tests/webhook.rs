@@ -12,16 +12,16 @@ use axum::{
     http::{Request, StatusCode},
 };
 use k8s_openapi::jiff::Timestamp;
-use kube::{
-    Resource,
-    runtime::{reflector::store::Writer, watcher::Event},
-};
+use kube::runtime::watcher::Event;
 use migvisor::{
     api::{
         MigrationForecastSpec,
         names::{annotation, kubevirt},
     },
-    manager::knowledge::{Feeds, Knowledge},
+    manager::{
+        index::Sink,
+        knowledge::{Feeds, Knowledge},
+    },
     webhook::{Admission, AdmissionMetrics, BODY_LIMIT, router},
 };
 use prometheus::core::Collector;
@@ -29,12 +29,15 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use tower::ServiceExt;
 
-fn fill<K: Resource<DynamicType = ()> + Clone + DeserializeOwned + 'static>(writer: &mut Writer<K>, objects: &[Value]) {
-    writer.apply_watcher_event(&Event::Init);
+fn fill<S: Sink>(sink: &mut S, objects: &[Value])
+where
+    S::Kind: DeserializeOwned,
+{
+    sink.apply_watcher_event(&Event::Init);
     for object in objects {
-        writer.apply_watcher_event(&Event::InitApply(serde_json::from_value(object.clone()).unwrap()));
+        sink.apply_watcher_event(&Event::InitApply(serde_json::from_value(object.clone()).unwrap()));
     }
-    writer.apply_watcher_event(&Event::InitDone);
+    sink.apply_watcher_event(&Event::InitDone);
 }
 
 /// A cluster with the VM `shop/wild`, whose forecast says that it fails, under a policy of this mode (or none).

@@ -2,7 +2,7 @@
 //!
 //! In: [`Knowledge`], a migration that is asked for or that there is, the time. Out: the decision, and what it rests on. No I/O.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::HashSet, sync::Arc};
 
 use k8s_openapi::{api::core::v1::Pod, jiff::Timestamp};
 
@@ -125,23 +125,12 @@ impl Knowledge {
     /// How many migrations are held. A pod that merely says it is one of theirs takes nobody's place: whoever may make pods could make many.
     fn held(&self) -> usize {
         let gated = self.pods.state_filter(hold::is_gated);
-        let mut claims: HashMap<&str, Vec<&Pod>> = HashMap::new();
-        for pod in &gated {
-            if let Some(uid) = hold::migration_of(pod) {
-                claims.entry(uid).or_default().push(pod);
-            }
-        }
-        if claims.is_empty() {
-            return 0;
-        }
-        let claims_of = |migration: &VirtualMachineInstanceMigration| claims.get(migration.metadata.uid.as_deref()?);
-        let claimed = self.migrations.state_filter(|migration| migration.is_under_way() && claims_of(migration).is_some());
-        let is_held = |migration: &VirtualMachineInstanceMigration| {
-            let namespace = migration.metadata.namespace.as_deref().unwrap_or_default();
-            let Some(vmi) = self.vmi(namespace, &migration.spec.vmi_name) else { return false };
-            let here = |pod: &Pod| pod.metadata.namespace.as_deref() == Some(namespace);
-            claims_of(migration).into_iter().flatten().any(|pod| here(pod) && hold::is_its_own(pod, migration, &vmi))
-        };
-        claimed.iter().filter(|migration| is_held(migration)).count()
+        let held = gated.iter().filter_map(|pod| {
+            let migration = self.migration(hold::migration_of(pod)?).filter(|migration| migration.is_under_way())?;
+            let namespace = pod.metadata.namespace.as_ref().filter(|here| migration.metadata.namespace.as_ref() == Some(here))?;
+            let vmi = self.vmi(namespace, &migration.spec.vmi_name)?;
+            if hold::is_its_own(pod, &migration, &vmi) { migration.metadata.uid.clone() } else { None }
+        });
+        held.collect::<HashSet<_>>().len()
     }
 }

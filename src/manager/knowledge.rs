@@ -10,13 +10,14 @@ use k8s_openapi::{
     jiff::Timestamp,
 };
 use kube::{
-    Resource, ResourceExt,
+    ResourceExt,
     runtime::reflector::{ObjectRef, Store, store::Writer},
 };
 
 use super::{
     dry_run::{self, Carriage, Case, Way, Wish},
-    force, hold,
+    force,
+    index::{ByVm, Indexed, Sink},
     question::{self, Desired, Effective},
 };
 use crate::api::{
@@ -47,6 +48,8 @@ pub struct Knowledge {
     pub kubevirts: Store<KubeVirt>,
     /// For their labels.
     pub namespaces: Store<Namespace>,
+    migrations_by: ByVm<VirtualMachineInstanceMigration>,
+    pods_by: ByVm<Pod>,
     managed: Managed,
     /// KubeVirt's controller, as the API server names it; `None`: by where the KubeVirt CR is.
     controller: Option<Arc<str>>,
@@ -68,7 +71,7 @@ pub struct Feeds {
     /// VMs.
     pub vmis: Writer<VirtualMachineInstance>,
     /// Migrations.
-    pub migrations: Writer<VirtualMachineInstanceMigration>,
+    pub migrations: Indexed<VirtualMachineInstanceMigration>,
     /// Questions and answers.
     pub forecasts: Writer<MigrationForecast>,
     /// Our policies.
@@ -76,7 +79,7 @@ pub struct Feeds {
     /// What people let through.
     pub overrides: Writer<MigrationOverride>,
     /// Target pods of migrations.
-    pub pods: Writer<Pod>,
+    pub pods: Indexed<Pod>,
     /// KubeVirt's policies.
     pub migration_policies: Writer<MigrationPolicy>,
     /// KubeVirt's configuration.
@@ -91,14 +94,16 @@ impl Knowledge {
         let feeds = Feeds::default();
         let knowledge = Self {
             vmis: feeds.vmis.as_reader(),
-            migrations: feeds.migrations.as_reader(),
+            migrations: feeds.migrations.reader(),
             forecasts: feeds.forecasts.as_reader(),
             policies: feeds.policies.as_reader(),
             overrides: feeds.overrides.as_reader(),
-            pods: feeds.pods.as_reader(),
+            pods: feeds.pods.reader(),
             migration_policies: feeds.migration_policies.as_reader(),
             kubevirts: feeds.kubevirts.as_reader(),
             namespaces: feeds.namespaces.as_reader(),
+            migrations_by: feeds.migrations.by_vm(),
+            pods_by: feeds.pods.by_vm(),
             managed: Managed(Arc::new(|| false)),
             controller: None,
         };
@@ -162,8 +167,7 @@ impl Knowledge {
 
     /// The migrations of the VM of that name.
     pub fn migrations_of(&self, namespace: &str, name: &str) -> Vec<Arc<VirtualMachineInstanceMigration>> {
-        self.migrations
-            .state_filter(|migration| migration.spec.vmi_name == name && migration.meta().namespace.as_deref() == Some(namespace))
+        self.migrations_by.of_vm(namespace, name)
     }
 
     /// Our policy for a VM; `None`: the built-in one, which only audits.
@@ -221,13 +225,12 @@ impl Knowledge {
 
     /// The migration of that UID.
     pub fn migration(&self, uid: &str) -> Option<Arc<VirtualMachineInstanceMigration>> {
-        self.migrations.find(|migration| migration.metadata.uid.as_deref() == Some(uid))
+        self.migrations_by.of_uid(uid)
     }
 
     /// The target pods of the migrations of the VM of that name.
     pub fn pods_of(&self, namespace: &str, name: &str) -> Vec<Arc<Pod>> {
-        let of_vm = |pod: &Pod| hold::vmi_of(pod).unwrap_or_default() == name;
-        self.pods.state_filter(|pod| pod.metadata.namespace.as_deref() == Some(namespace) && of_vm(pod))
+        self.pods_by.of_vm(namespace, name)
     }
 
     /// Which dry run is wanted for a VM of which this should be asked.

@@ -8,6 +8,7 @@
 //! | module | what |
 //! |---|---|
 //! | [`watch`] | fills the stores |
+//! | [`index`] | finds what concerns a VM without a look through everything |
 //! | [`knowledge`] | the stores, and what can be asked of them together; admission answers from it |
 //! | [`judge`] | decides from it, for admission and for the manager |
 //! | [`question`] | pure: from a VM and its configuration to what should be asked |
@@ -27,6 +28,7 @@ pub mod dry_run;
 pub mod force;
 mod gate;
 pub mod hold;
+pub mod index;
 pub mod judge;
 pub mod knowledge;
 mod learn;
@@ -163,20 +165,22 @@ async fn work(manager: &Arc<Manager>, options: &Options, mut changes: mpsc::Unbo
                 None => return,
                 Some(_) if !leading => {}
                 Some(Change::One(key)) => queue.add(key, now),
+                Some(Change::Namespace(name)) => manager.add_namespace(&mut queue, &name, now),
                 Some(Change::All) => manager.add_all(&mut queue, now),
             },
             Some(ended) = tasks.join_next_with_id(), if !tasks.is_empty() => {
                 let id = ended.as_ref().map_or_else(tokio::task::JoinError::id, |(id, _)| *id);
                 let Some(key) = whose.remove(&id) else { continue };
+                let held = || manager.holds(&key).then_some(hold::HOLDING);
                 let (worked, again) = match ended {
                     Ok((_, Ok(again))) => (true, again),
                     Ok((_, Err(error))) => {
                         warn!(namespace = key.namespace, vm = key.name, %error, "it is tried again after a pause");
-                        (false, None)
+                        (false, held())
                     }
                     Err(error) => {
                         warn!(namespace = key.namespace, vm = key.name, %error, "a defect of migvisor, please report it; trying again");
-                        (false, None)
+                        (false, held())
                     }
                 };
                 queue.done(key, worked, again, Instant::now());
@@ -234,6 +238,17 @@ impl Manager {
             let name = hold::vmi_of(&pod).unwrap_or_default().to_owned();
             queue.add(Key { namespace: pod.namespace().unwrap_or_default(), name }, now);
         }
+    }
+
+    fn add_namespace(&self, queue: &mut Queue, name: &str, now: Instant) {
+        for vmi in self.knowledge.vmis.state_filter(|vmi| vmi.metadata.namespace.as_deref() == Some(name)) {
+            queue.add(Key { namespace: name.to_owned(), name: vmi.name_any() }, now);
+        }
+    }
+
+    /// A pod of the VM is gated: whatever fails, that must not last.
+    fn holds(&self, key: &Key) -> bool {
+        self.knowledge.pods_of(&key.namespace, &key.name).iter().any(|pod| hold::is_gated(pod))
     }
 
     fn remember<T>(&self, key: &Key, change: impl FnOnce(&mut Memory) -> T) -> T {
