@@ -178,6 +178,29 @@ pub struct Forecast {
     pub baselines: Vec<Baseline>,
 }
 
+impl Forecast {
+    /// The keys of its JSON. Where there is no forecast they are all there as well, and null but for the verdict.
+    pub const KEYS: [&'static str; 17] = [
+        "verdict",
+        "slaExceeded",
+        "lowConfidence",
+        "probability",
+        "method",
+        "iterations",
+        "convergenceMs",
+        "downtimeMs",
+        "totalMs",
+        "dirtiedPages",
+        "transferredBytes",
+        "leastConvergentBandwidth",
+        "cost",
+        "bounds",
+        "pattern",
+        "profile",
+        "baselines",
+    ];
+}
+
 /// Low and high ends of each figure over the replays of the more likely kind: 5 % to 95 %, all of them where an unknown phase decides.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
