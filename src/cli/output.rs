@@ -216,7 +216,8 @@ mod tests {
             keys.insert("message".to_owned());
             let unknown = without_numbers("it is being migrated", more);
             assert_eq!(unknown.keys().cloned().collect::<BTreeSet<_>>(), keys);
-            let told: BTreeSet<&str> = unknown.iter().filter(|(_, value)| !value.is_null()).map(|(key, _)| key.as_str()).collect();
+            let told: BTreeSet<&str> =
+                unknown.iter().filter(|(_, value)| !value.is_null()).map(|(key, _)| key.as_str()).collect();
             assert_eq!(told, BTreeSet::from(["message", "verdict"]));
         }
     }
