@@ -14,6 +14,7 @@ pub use self::origin::Origin;
 use crate::{
     api::{
         MigrationForecast, MigrationForecastSpec, MigrationForecastStatus,
+        convert::reason_of,
         forecast::{BudgetEnd, is_fresh},
         migration_override::MigrationOverride,
         names::reason,
@@ -199,7 +200,7 @@ pub fn decide(input: &Input<'_>) -> Decision {
     Decision {
         action,
         verdict: forecast.verdict,
-        reason: reason_of(&forecast, present),
+        reason: reason_of(&forecast, present.time_budget.is_none()),
         message: message::compose(input, present, &forecast, told, remedy),
         remedy: remedy.cloned(),
     }
@@ -281,17 +282,6 @@ fn leaves_a_doubt(input: &Input<'_>, present: &MigrationForecastSpec, forecast: 
 /// KubeVirt's configuration makes it end all the same, at the guest's expense.
 fn is_forced(present: &MigrationForecastSpec) -> bool {
     present.auto_converge || present.when_budget_ends != BudgetEnd::Abort
-}
-
-fn reason_of(forecast: &Forecast, present: &MigrationForecastSpec) -> &'static str {
-    match forecast.verdict {
-        Verdict::Converges => reason::WITHIN_BUDGET,
-        Verdict::Borderline if forecast.sla_exceeded => reason::SLA_EXCEEDED,
-        Verdict::Borderline => reason::NEAR_THE_LIMIT,
-        Verdict::Fails if present.time_budget.is_none() => reason::NEVER_CONVERGES,
-        Verdict::Fails => reason::BUDGET_EXCEEDED,
-        Verdict::Unknown => reason::NOT_MEASURED,
-    }
 }
 
 #[cfg(test)]

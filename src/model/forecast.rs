@@ -56,9 +56,12 @@ impl Default for HostConstants {
 #[derive(Debug, thiserror::Error, PartialEq)]
 #[error("{name} is {value}: it has to be {wanted}")]
 pub struct AbsurdConstant {
-    name: &'static str,
-    value: f64,
-    wanted: &'static str,
+    /// Its key.
+    pub name: &'static str,
+    /// What it is.
+    pub value: f64,
+    /// What it has to be.
+    pub wanted: &'static str,
 }
 
 impl HostConstants {
