@@ -9,13 +9,10 @@ use std::{process::ExitCode, sync::Arc, time::Duration};
 
 use axum::http;
 use k8s_openapi::jiff::Timestamp;
-use kube::{
-    Resource,
-    runtime::{reflector::store::Writer, watcher::Event},
-};
+use kube::runtime::watcher::Event;
 use migvisor::{
     api::MigrationForecastSpec,
-    manager::knowledge::Knowledge,
+    manager::{index::Sink, knowledge::Knowledge},
     runtime::{shutdown::Shutdown, tls::TlsServer},
     webhook::{Admission, AdmissionMetrics, router},
 };
@@ -31,15 +28,15 @@ const SECONDS: u32 = 10;
 const CONNECTIONS: usize = 8;
 const GOAL: Duration = Duration::from_millis(10);
 
-fn fill<K: Resource<DynamicType = ()> + Clone + DeserializeOwned + 'static>(
-    writer: &mut Writer<K>,
-    objects: impl IntoIterator<Item = Value>,
-) {
-    writer.apply_watcher_event(&Event::Init);
+fn fill<S: Sink>(sink: &mut S, objects: impl IntoIterator<Item = Value>)
+where
+    S::Kind: DeserializeOwned,
+{
+    sink.apply_watcher_event(&Event::Init);
     for object in objects {
-        writer.apply_watcher_event(&Event::InitApply(serde_json::from_value(object).unwrap()));
+        sink.apply_watcher_event(&Event::InitApply(serde_json::from_value(object).unwrap()));
     }
-    writer.apply_watcher_event(&Event::InitDone);
+    sink.apply_watcher_event(&Event::InitDone);
 }
 
 /// Ten thousand VMs, half of which would fail, under a policy that enforces; each has been migrated twice before.

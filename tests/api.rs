@@ -186,21 +186,7 @@ fn annotations_are_plain_numbers_with_the_keys_of_the_contract() {
     assert_eq!(annotations[annotation::DOWNTIME], "212.4");
     assert_eq!(annotations[annotation::LCB], "67108864");
     let json: serde_json::Value = serde_json::from_str(&annotations[annotation::FORECAST]).unwrap();
-    for key in [
-        "verdict",
-        "probability",
-        "method",
-        "iterations",
-        "convergenceMs",
-        "downtimeMs",
-        "totalMs",
-        "dirtiedPages",
-        "transferredBytes",
-        "leastConvergentBandwidth",
-        "cost",
-        "bounds",
-        "pattern",
-    ] {
+    for key in Forecast::KEYS {
         assert!(json.get(key).is_some(), "{key} in {json}");
     }
 

@@ -12,16 +12,16 @@ use axum::{
     http::{Request, StatusCode},
 };
 use k8s_openapi::jiff::Timestamp;
-use kube::{
-    Resource,
-    runtime::{reflector::store::Writer, watcher::Event},
-};
+use kube::runtime::watcher::Event;
 use migvisor::{
     api::{
         MigrationForecastSpec,
         names::{annotation, kubevirt},
     },
-    manager::knowledge::{Feeds, Knowledge},
+    manager::{
+        index::Sink,
+        knowledge::{Feeds, Knowledge},
+    },
     webhook::{Admission, AdmissionMetrics, BODY_LIMIT, router},
 };
 use prometheus::core::Collector;
@@ -29,12 +29,15 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use tower::ServiceExt;
 
-fn fill<K: Resource<DynamicType = ()> + Clone + DeserializeOwned + 'static>(writer: &mut Writer<K>, objects: &[Value]) {
-    writer.apply_watcher_event(&Event::Init);
+fn fill<S: Sink>(sink: &mut S, objects: &[Value])
+where
+    S::Kind: DeserializeOwned,
+{
+    sink.apply_watcher_event(&Event::Init);
     for object in objects {
-        writer.apply_watcher_event(&Event::InitApply(serde_json::from_value(object.clone()).unwrap()));
+        sink.apply_watcher_event(&Event::InitApply(serde_json::from_value(object.clone()).unwrap()));
     }
-    writer.apply_watcher_event(&Event::InitDone);
+    sink.apply_watcher_event(&Event::InitDone);
 }
 
 /// A cluster with the VM `shop/wild`, whose forecast says that it fails, under a policy of this mode (or none).
@@ -140,6 +143,16 @@ fn review(object: &Value) -> Value {
     })
 }
 
+/// A review of what this user asks for.
+fn review_of(user: &str, object: &Value) -> Value {
+    let mut review = review(object);
+    review["request"]["userInfo"] = json!({ "username": user, "groups": ["system:authenticated"] });
+    review
+}
+
+/// virt-controller, beside the KubeVirt CR of [`cluster`].
+const VIRT_CONTROLLER: &str = "system:serviceaccount:kubevirt:kubevirt-controller";
+
 async fn post(app: &Router, path: &str, body: Vec<u8>) -> (StatusCode, Vec<u8>) {
     let request = Request::post(path).header("content-type", "application/json").body(Body::from(body)).unwrap();
     let response = app.clone().oneshot(request).await.unwrap();
@@ -162,9 +175,14 @@ async fn validate(app: &Router, review: &Value) -> Value {
 
 /// The object after the mutating webhook's patch.
 async fn mutated(app: &Router, object: &Value) -> Value {
-    let response = ask(app, "/mutate-vmim", &review(object)).await;
+    patched(app, &review(object)).await
+}
+
+/// The object of a review after the mutating webhook's patch.
+async fn patched(app: &Router, review: &Value) -> Value {
+    let response = ask(app, "/mutate-vmim", review).await;
     assert_eq!(response["allowed"], true);
-    let mut object = object.clone();
+    let mut object = review["request"]["object"].clone();
     if let Some(patch) = response.get("patch") {
         assert_eq!(response["patchType"], "JSONPatch");
         let bytes: Vec<u8> = base64(patch);
@@ -232,8 +250,50 @@ async fn modes_and_origins_soften_it() {
     for key in [kubevirt::EVACUATION, kubevirt::WORKLOAD_UPDATE] {
         let mut drained = vmim();
         drained["metadata"]["annotations"][key] = json!("node-1");
-        let response = validate(&app, &review(&drained)).await;
+        let response = validate(&app, &review_of(VIRT_CONTROLLER, &drained)).await;
         assert_eq!((&response["allowed"], response["warnings"].as_array().unwrap().len()), (&json!(true), 1));
+    }
+}
+
+#[tokio::test]
+async fn only_kubevirt_is_believed_that_it_drains() {
+    let (app, _) = cluster(Some("Enforce"), Some(failing()));
+    let mut drained = vmim();
+    drained["metadata"]["annotations"] = json!({ kubevirt::EVACUATION: "node-1", annotation::ORIGIN: "Evacuation" });
+    for (user, origin) in [
+        (VIRT_CONTROLLER, "Evacuation"),
+        ("ann", "Person"),
+        ("", "Person"),
+        ("system:serviceaccount:kubevirt:kubevirt-apiserver", "Person"),
+        // Whoever may make namespaces can make an account of that name.
+        ("system:serviceaccount:shop:kubevirt-controller", "Person"),
+        ("system:serviceaccount:kubevirt-controller", "Person"),
+        ("kubevirt:kubevirt-controller", "Person"),
+    ] {
+        let review = review_of(user, &drained);
+        assert_eq!(validate(&app, &review).await["allowed"], origin != "Person", "{user}");
+        assert_eq!(patched(&app, &review).await["metadata"]["annotations"][annotation::ORIGIN], origin, "{user}");
+    }
+    // What KubeVirt makes for no drain is somebody's.
+    let plain = patched(&app, &review_of(VIRT_CONTROLLER, &vmim())).await;
+    assert_eq!(plain["metadata"]["annotations"][annotation::ORIGIN], "Person");
+}
+
+/// What admission has noted counts once the migration is there; where it was not asked, what the migration says.
+#[tokio::test]
+async fn the_gate_goes_by_who_asked_for_the_migration() {
+    for (annotations, held) in [
+        (json!({ kubevirt::EVACUATION: "node-1", annotation::ORIGIN: "Person" }), true),
+        (json!({ kubevirt::EVACUATION: "node-1", annotation::ORIGIN: "Evacuation" }), false),
+        (json!({ kubevirt::EVACUATION: "node-1" }), false),
+        (json!({}), true),
+    ] {
+        let mut migration = created("Pending");
+        migration["metadata"]["annotations"] = annotations.clone();
+        let (app, ..) = cluster_with(Some("Enforce"), Some(doubtful()), |feeds| {
+            fill(&mut feeds.migrations, std::slice::from_ref(&migration));
+        });
+        assert_eq!(gates(&app, &target_pod(&labels(), &Value::Null)).await.is_array(), held, "{annotations}");
     }
 }
 
@@ -395,19 +455,32 @@ fn target_pod(labels: &Value, gates: &Value) -> Value {
         "apiVersion": "v1", "kind": "Pod",
         "metadata": {
             "name": "virt-launcher-wild-2", "namespace": "shop", "labels": labels, "creationTimestamp": "2026-11-22T11:59:00Z",
-            "annotations": { "kubevirt.io/domain": "wild" }
+            "annotations": { "kubevirt.io/domain": "wild" },
+            "ownerReferences": [{
+                "apiVersion": "kubevirt.io/v1", "kind": "VirtualMachineInstance", "name": "wild", "uid": "uid-wild", "controller": true
+            }]
         },
         "spec": { "containers": [{ "name": "compute", "image": "virt-launcher" }], "schedulingGates": gates }
     })
 }
 
 fn labels() -> Value {
-    json!({ "kubevirt.io": "virt-launcher", "kubevirt.io/migrationJobUID": "uid-m" })
+    labels_for("uid-m")
 }
 
-/// The gates of a pod after admission.
+/// The labels of a target pod of the VM `shop/wild` for the migration of this UID.
+fn labels_for(migration: &str) -> Value {
+    json!({ "kubevirt.io": "virt-launcher", "kubevirt.io/migrationJobUID": migration, "kubevirt.io/created-by": "uid-wild" })
+}
+
+/// The gates of a pod of KubeVirt's after admission.
 async fn gates(app: &Router, pod: &Value) -> Value {
-    let mut review = review(pod);
+    gates_of(app, VIRT_CONTROLLER, pod).await
+}
+
+/// The gates of this user's pod after admission.
+async fn gates_of(app: &Router, user: &str, pod: &Value) -> Value {
+    let mut review = review_of(user, pod);
     review["request"]["kind"] = json!({ "group": "", "version": "v1", "kind": "Pod" });
     review["request"]["resource"] = json!({ "group": "", "version": "v1", "resource": "pods" });
     let response = ask(app, "/mutate-pod", &review).await;
@@ -434,10 +507,12 @@ async fn a_doubtful_migration_passes_and_its_target_pod_is_held() {
     assert_eq!(gates(&app, &target_pod(&labels(), &json!([ours]))).await, json!([ours]), "once");
 
     let attachment = json!({ "kubevirt.io": "hotplug-disk", "kubevirt.io/migrationJobUID": "uid-m" });
-    let stranger = json!({ "kubevirt.io": "virt-launcher", "kubevirt.io/migrationJobUID": "uid-x" });
-    for labels in [attachment, stranger, json!({ "kubevirt.io": "virt-launcher" })] {
+    for labels in [attachment, labels_for("uid-x"), json!({ "kubevirt.io": "virt-launcher" })] {
         assert_eq!(gates(&app, &target_pod(&labels, &Value::Null)).await, Value::Null, "{labels}");
     }
+    let others =
+        json!({ "kubevirt.io": "virt-launcher", "kubevirt.io/migrationJobUID": "uid-m", "kubevirt.io/created-by": "uid-calm" });
+    assert_eq!(gates(&app, &target_pod(&others, &Value::Null)).await, Value::Null, "another VM's pod");
     let mut of_another_vm = target_pod(&labels(), &Value::Null);
     of_another_vm["metadata"]["annotations"]["kubevirt.io/domain"] = json!("calm");
     assert_eq!(gates(&app, &of_another_vm).await, Value::Null, "whoever may make pods can say so");
@@ -458,11 +533,25 @@ async fn a_doubtful_migration_passes_and_its_target_pod_is_held() {
     assert_eq!(gates(&app, &target_pod(&labels(), &Value::Null)).await, json!([ours]));
 }
 
+/// Whoever may make pods could else have the manager act on a migration of somebody else's.
+#[tokio::test]
+async fn nobody_but_kubevirt_makes_a_pod_with_our_gate() {
+    let (app, ..) = cluster_with(Some("Enforce"), Some(doubtful()), |feeds| fill(&mut feeds.migrations, &[created("Pending")]));
+    let (ours, theirs) = (json!({ "name": "migvisor.io/dry-run" }), json!({ "name": "other/gate" }));
+    for (made_with, left) in [
+        (Value::Null, Value::Null),
+        (json!([theirs]), json!([theirs])),
+        (json!([ours]), json!([])),
+        (json!([theirs, ours]), json!([theirs])),
+    ] {
+        assert_eq!(gates_of(&app, "ann", &target_pod(&labels(), &made_with)).await, left, "{made_with}");
+    }
+}
+
 #[tokio::test]
 async fn so_many_are_held_and_no_more() {
     let held = |i: u32| {
-        let uid = json!({ "kubevirt.io": "virt-launcher", "kubevirt.io/migrationJobUID": format!("uid-{i}") });
-        let mut pod = target_pod(&uid, &json!([{ "name": "migvisor.io/dry-run" }]));
+        let mut pod = target_pod(&labels_for(&format!("uid-{i}")), &json!([{ "name": "migvisor.io/dry-run" }]));
         pod["metadata"]["name"] = json!(format!("held-{i}"));
         pod
     };

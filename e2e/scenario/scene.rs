@@ -173,6 +173,14 @@ impl<'a> Scene<'a> {
         self.cluster.kubectl().run(&["create", "--dry-run=server", "-o", "json", "-f", "-"], &manifest.to_string()).await
     }
 
+    /// The same, asked for by KubeVirt's own controller.
+    pub async fn rehearse_as_kubevirt(&self, manifest: &Value) -> Result<Output> {
+        let namespace = self.kubectl(&["get", "kubevirts", "-A", "-o", "jsonpath={.items[0].metadata.namespace}"]).await?;
+        let user = format!("--as=system:serviceaccount:{}:kubevirt-controller", namespace.trim());
+        let create = ["create", "--dry-run=server", "-o", "json", &user, "--as-group=system:masters", "-f", "-"];
+        self.cluster.kubectl().run(&create, &manifest.to_string()).await
+    }
+
     /// The annotations that an admitted migration of this VM would have, and what kubectl warned of.
     pub async fn rehearsed(&self, vm: &str) -> Result<(Value, String)> {
         let output = self.rehearse(&self.migration("rehearsal", vm, &json!({}))).await?;

@@ -3,6 +3,7 @@
 
 use std::{path::Path, process::Output, time::Duration};
 
+use migvisor::model::forecast::Forecast;
 use migvisor_e2e::{
     cluster::product,
     lab::{GuestSpec, Settings, Vm, VmSpec, migrate},
@@ -24,28 +25,12 @@ async fn predict(socket: &Path, more: &[&str]) -> (i32, String, String) {
     migvisor(&args).await
 }
 
-const KEYS: [&str; 13] = [
-    "verdict",
-    "probability",
-    "method",
-    "iterations",
-    "convergenceMs",
-    "downtimeMs",
-    "totalMs",
-    "dirtiedPages",
-    "transferredBytes",
-    "leastConvergentBandwidth",
-    "cost",
-    "bounds",
-    "pattern",
-];
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_forecast_for_programs_and_for_people() {
     let vm = Vm::start(VmSpec::new(GuestSpec::uniform(16_384, 10))).await.unwrap();
     let (code, json, _) = predict(vm.qmp(), &["--bandwidth", "100Mi", "-o", "json"]).await;
     let forecast: Value = serde_json::from_str(&json).unwrap();
-    for key in KEYS {
+    for key in Forecast::KEYS {
         assert!(forecast.get(key).is_some(), "no {key} in {json}");
     }
     assert_eq!((code, &forecast["verdict"], &forecast["method"]), (0, &"Converges".into(), &"PC".into()), "{json}");
@@ -132,7 +117,10 @@ async fn what_cannot_be_judged_now_is_unknown() {
     let mut target = Vm::incoming(spec.clone()).await.unwrap();
     let (code, json, _) = predict(target.qmp(), &["--bandwidth", "100Mi", "-o", "json"]).await;
     let unknown: Value = serde_json::from_str(&json).unwrap();
-    assert!(code == 3 && unknown["verdict"] == "Unknown" && KEYS.iter().all(|key| unknown.get(key).is_some()), "{json}");
+    assert!(
+        code == 3 && unknown["verdict"] == "Unknown" && Forecast::KEYS.iter().all(|key| unknown.get(key).is_some()),
+        "{json}"
+    );
     assert!(unknown["message"].as_str().unwrap().contains("target of a migration"), "{json}");
 
     let socket = source.qmp().to_owned();

@@ -259,7 +259,7 @@ async fn abandoned_and_let_go(plane: &ControlPlane) -> Result<()> {
     let migrations = vmims(&plane.client()?, NAMESPACE);
     plane.accepts(&vmim_manifest(NAMESPACE, "m0", "vm1").to_string()).await?;
     let job = migrations.get("m0").await?.uid();
-    plane.accepts(&target("virt-launcher-vm1-person", job.as_deref())).await?;
+    plane.accepts(&target(plane, "virt-launcher-vm1-person", job.as_deref()).await?).await?;
     wait_for("m0 to be deleted", SOON, async || Ok(migrations.get_opt("m0").await?.is_none().then_some(()))).await?;
     event_in(plane, "MigrationAbandoned", "VirtualMachineInstanceMigration", "m0").await?;
     event_in(plane, "MigrationAbandoned", "VirtualMachineInstance", "vm1").await?;
@@ -268,7 +268,7 @@ async fn abandoned_and_let_go(plane: &ControlPlane) -> Result<()> {
     drained["metadata"]["annotations"] = json!({ "kubevirt.io/evacuationMigration": "node-a" });
     plane.accepts(&drained.to_string()).await?;
     let job = migrations.get("m1").await?.uid();
-    plane.accepts(&target("virt-launcher-vm1-target", job.as_deref())).await?;
+    plane.accepts(&target(plane, "virt-launcher-vm1-target", job.as_deref()).await?).await?;
     let pods: Api<Pod> = Api::namespaced(plane.client()?, NAMESPACE);
     let ours_gone = async || Ok((gates(&pods, "virt-launcher-vm1-target").await? == ["other/gate"]).then_some(()));
     wait_for("our gate to go", SOON, ours_gone).await?;
@@ -291,7 +291,7 @@ async fn forced(scene: &Scene<'_>) -> Result<()> {
     scene.plane.accepts(&vmim_manifest(NAMESPACE, "m2", "vm1").to_string()).await?;
     let migrations = vmims(&scene.plane.client()?, NAMESPACE);
     let uid = migrations.get("m2").await?.uid().context("no UID")?;
-    scene.plane.accepts(&target("virt-launcher-vm1-forced", Some(&uid))).await?;
+    scene.plane.accepts(&target(scene.plane, "virt-launcher-vm1-forced", Some(&uid)).await?).await?;
     let name = format!("migvisor-{uid}");
     let pods: Api<Pod> = Api::namespaced(scene.plane.client()?, NAMESPACE);
     wait_for("our gate to go", SOON, async || Ok((gates(&pods, "virt-launcher-vm1-forced").await?.len() == 1).then_some(())))
@@ -313,19 +313,23 @@ async fn forced(scene: &Scene<'_>) -> Result<()> {
 }
 
 /// A target pod of a migration of `vm1`, held by us and by somebody else.
-fn target(pod: &str, job: Option<&str>) -> String {
-    json!({
+async fn target(plane: &ControlPlane, pod: &str, job: Option<&str>) -> Result<String> {
+    let vm = vmis(&plane.client()?, NAMESPACE).get("vm1").await?.uid();
+    let pod = json!({
         "apiVersion": "v1", "kind": "Pod",
         "metadata": {
             "namespace": NAMESPACE, "name": pod, "annotations": { "kubevirt.io/domain": "vm1" },
-            "labels": { "kubevirt.io": "virt-launcher", "kubevirt.io/migrationJobUID": job },
+            "labels": { "kubevirt.io": "virt-launcher", "kubevirt.io/migrationJobUID": job, "kubevirt.io/created-by": vm },
+            "ownerReferences": [{
+                "apiVersion": "kubevirt.io/v1", "kind": "VirtualMachineInstance", "name": "vm1", "uid": vm, "controller": true,
+            }],
         },
         "spec": {
             "containers": [{ "name": "compute", "image": "virt-launcher" }], "automountServiceAccountToken": false,
             "schedulingGates": [{ "name": "migvisor.io/dry-run" }, { "name": "other/gate" }],
         },
-    })
-    .to_string()
+    });
+    Ok(pod.to_string())
 }
 
 async fn gates(pods: &Api<Pod>, name: &str) -> Result<Vec<String>> {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use common::{NAMESPACE, SOON, ask, ended, policy, running, status_that};
 use migvisor::{
-    api::{MigrationForecastStatus, dry_run::DryRunPhase},
+    api::{MigrationForecastStatus, dry_run::DryRunPhase, names::reason},
     model::forecast::HostConstants,
 };
 use migvisor_e2e::{
@@ -40,6 +40,8 @@ async fn a_dry_run_gives_way() -> Result<()> {
     the_agent_ends(&mut world).await?;
     println!("--- a device is plugged in");
     a_device_is_plugged_in(&world).await?;
+    println!("--- its own deadline comes");
+    its_deadline_comes(&world).await?;
     println!("--- the controller is killed");
     the_controller_is_silent(&mut world).await?;
     for name in ["agent", "controller"] {
@@ -92,6 +94,7 @@ async fn a_device_is_plugged_in(world: &World) -> Result<()> {
     println!("it gave way after {:?}", told.elapsed());
     let run = ended(&gave_way, "two").context("it ended")?;
     ensure!(run.phase == DryRunPhase::Cancelled && run.message.contains("spec has changed"), "{run:?}");
+    ensure!(run.reason.is_none(), "it was not its own deadline: {run:?}");
     ensure!(gave_way.verdict.is_some() && gave_way.question.is_some(), "the answer stands: {gave_way:?}");
     plug().await?;
     unharmed(world, "plugged", &before).await?;
@@ -101,6 +104,17 @@ async fn a_device_is_plugged_in(world: &World) -> Result<()> {
     let held = status_that(world, "plugged", "is there", SOON, |_| true).await?;
     ensure!(phase_of(&held, "three").is_none(), "{:?}", held.dry_run);
     ask(world, "plugged", &Value::Null).await
+}
+
+async fn its_deadline_comes(world: &World) -> Result<()> {
+    let before = world.migration_settings(NAMESPACE, "orphan").await?;
+    ask(world, "orphan", &json!({ "id": "brief", "deadline": "2s" })).await?;
+    let over = status_that(world, "orphan", "is over", 2 * SOON, |status| ended(status, "brief").is_some()).await?;
+    let run = ended(&over, "brief").context("it ended")?;
+    ensure!(run.phase == DryRunPhase::Cancelled && run.reason.as_deref() == Some(reason::DEADLINE_EXCEEDED), "{run:?}");
+    ensure!(run.result.is_none() && run.message.contains("within its deadline of 2 s"), "{run:?}");
+    ask(world, "orphan", &Value::Null).await?;
+    unharmed(world, "orphan", &before).await
 }
 
 async fn the_controller_is_silent(world: &mut World) -> Result<()> {

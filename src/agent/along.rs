@@ -59,6 +59,8 @@ pub struct Truth {
     pub transferred: Bytes,
     /// `dirty-sync-count`.
     pub syncs: u64,
+    /// The most that the guest was slowed down meanwhile, percent; `None`: not at all.
+    pub throttle: Option<u8>,
 }
 
 /// Reads along until the migration has ended. `None`: there was none, or it was nothing to learn from.
@@ -66,23 +68,29 @@ pub async fn read_along(address: &Address, mut note: impl FnMut(Reading)) -> Res
     let mut monitor = Monitor::connect(address, PATIENCE).await?;
     let announced = Instant::now();
     let mut last: Option<MigrationInfo> = None;
+    // At the end QEMU does not tell of it any more.
+    let mut throttle: Option<u8> = None;
     loop {
         let info = match migration::query(&mut monitor).await {
             Ok(info) => info,
             // The source is gone: it has handed over, or was killed.
-            Err(QmpError::Closed { .. }) => return Ok(last.as_ref().map(|info| truth(info, None))),
+            Err(QmpError::Closed { .. }) => return Ok(last.as_ref().map(|info| truth(info, None, throttle))),
             Err(error) => return Err(error),
         };
         match (info.status, last.is_some()) {
             // What ended before we came was another migration, or this one: only QEMU's last is known.
             // (One that came in is completed as well, and has no figures.)
-            (Some(MigrationStatus::Completed), _) if info.ram.is_some() => return Ok(Some(truth(&info, Some(true)))),
-            (Some(MigrationStatus::Failed | MigrationStatus::Cancelled), true) => return Ok(Some(truth(&info, Some(false)))),
+            (Some(MigrationStatus::Completed), _) if info.ram.is_some() => return Ok(Some(truth(&info, Some(true), throttle))),
+            (Some(MigrationStatus::Failed | MigrationStatus::Cancelled), true) => {
+                return Ok(Some(truth(&info, Some(false), throttle)));
+            }
             (Some(status), _) if status.is_active() => {
-                note(reading(&info));
+                let read = reading(&info);
+                throttle = throttle.max(read.throttle);
+                note(read);
                 last = Some(info);
             }
-            (_, true) => return Ok(last.as_ref().map(|info| truth(info, None))),
+            (_, true) => return Ok(last.as_ref().map(|info| truth(info, None, throttle))),
             (_, false) if announced.elapsed() > BEGINNING => return Ok(None),
             _ => {}
         }
@@ -116,7 +124,7 @@ fn reading(info: &MigrationInfo) -> Reading {
     }
 }
 
-fn truth(info: &MigrationInfo, converged: Option<bool>) -> Truth {
+fn truth(info: &MigrationInfo, converged: Option<bool>, throttle: Option<u8>) -> Truth {
     let ram = info.ram.unwrap_or_default();
     Truth {
         converged,
@@ -126,6 +134,7 @@ fn truth(info: &MigrationInfo, converged: Option<bool>) -> Truth {
         zero_pages: ram.duplicate,
         transferred: ram.transferred,
         syncs: ram.dirty_sync_count,
+        throttle,
     }
 }
 
@@ -162,8 +171,9 @@ mod tests {
         let ended = info(
             json!({ "status": "completed", "total-time": 900, "downtime": 42, "ram": { "normal": 7, "duplicate": 8, "transferred": 9 } }),
         );
-        assert_eq!(truth(&ended, Some(true)).downtime, Some(Duration::from_millis(42)));
-        let gone = truth(&ended, None);
+        let whole = truth(&ended, Some(true), Some(20));
+        assert_eq!((whole.downtime, whole.throttle), (Some(Duration::from_millis(42)), Some(20)));
+        let gone = truth(&ended, None, None);
         assert_eq!((gone.converged, gone.downtime, gone.pages, gone.zero_pages, gone.transferred), (None, None, 7, 8, Bytes(9)));
     }
 }

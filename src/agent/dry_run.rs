@@ -167,7 +167,7 @@ async fn carry_out<L: Locate>(
         withdrawn,
     )
     .await;
-    report.map_err(|error| (phase(&error), error.to_string())).and_then(|report| read(begun, &report, question, &request))
+    report.map(|report| read(begun, &report, question, &request)).map_err(|error| (phase(&error), error.to_string()))
 }
 
 fn plan(request: &Request, question: &Question) -> Plan {
@@ -194,13 +194,20 @@ fn phase(error: &DryRunError) -> DryRunPhase {
 }
 
 /// From what was seen to the answer.
-fn read(begun: &DryRunStatus, report: &Report, question: &Question, request: &Request) -> Result<DryRunStatus, Without> {
+fn read(begun: &DryRunStatus, report: &Report, question: &Question, request: &Request) -> DryRunStatus {
     let Some(forecast) = report.forecast(question) else {
         let message = format!(
-            "it did not end within its deadline of {} s: give it more (spec.dryRun.deadline)",
+            "it did not converge within its deadline of {} s, and the migration would have longer: give it more (spec.dryRun.deadline; \
+             in a PredictionPolicy dryRun.deadline)",
             request.deadline.as_secs()
         );
-        return Err((DryRunPhase::Cancelled, message));
+        return DryRunStatus {
+            phase: DryRunPhase::Cancelled,
+            message,
+            reason: Some(names::reason::DEADLINE_EXCEEDED.to_owned()),
+            iteration: Some(report.iterations),
+            ..begun.clone()
+        };
     };
     let limits = report.limits(question);
     let ms = |value: Option<f64>| value.map(scalar::Duration::from_ms);
@@ -224,13 +231,13 @@ fn read(begun: &DryRunStatus, report: &Report, question: &Question, request: &Re
         (_, Verdict::Fails) => "It was still copying at the end of its budget.",
         _ => "It came below the downtime limit.",
     };
-    Ok(DryRunStatus {
+    DryRunStatus {
         phase: DryRunPhase::Done,
         message: how.to_owned(),
         iteration: Some(report.iterations),
         result: Some(DryRunResult::from_forecast(&forecast, counted)),
         ..begun.clone()
-    })
+    }
 }
 
 /// Writes progress. Resolves when the API server has not taken any for too long.

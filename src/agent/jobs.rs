@@ -289,6 +289,7 @@ fn last_migration(truth: &Truth, migration_uid: &str) -> Option<LastMigration> {
         zero_pages: truth.zero_pages,
         transferred_bytes: truth.transferred.0,
         syncs: truth.syncs,
+        throttle_percent: truth.throttle.map(u64::from),
     })
 }
 

@@ -101,19 +101,19 @@ fn time(field: &'static str, duration: Duration) -> Result<std::time::Duration, 
     Ok(duration.0)
 }
 
-fn amount(field: &'static str, value: Option<f64>, default: f64, least: f64) -> Result<f64, QuestionError> {
+fn weight(field: &'static str, value: Option<f64>) -> Result<f64, QuestionError> {
     match value {
-        None => Ok(default),
-        Some(value) if value.is_finite() && value >= least && value <= 1e9 => Ok(value),
-        Some(value) => refuse(field, format!("`{value}` is not between {least} and 1e9")),
+        None => Ok(0.0),
+        Some(value) if (0.0..=1e9).contains(&value) => Ok(value),
+        Some(value) => refuse(field, format!("`{value}` is not between 0 and 1e9")),
     }
 }
 
 fn weights(weights: CostWeights) -> Result<model::CostWeights, QuestionError> {
     let read = model::CostWeights {
-        total_time: amount("costWeights.totalTime", weights.total_time, 0.0, 0.0)?,
-        downtime: amount("costWeights.downtime", weights.downtime, 0.0, 0.0)?,
-        pages: amount("costWeights.pages", weights.pages, 0.0, 0.0)?,
+        total_time: weight("costWeights.totalTime", weights.total_time)?,
+        downtime: weight("costWeights.downtime", weights.downtime)?,
+        pages: weight("costWeights.pages", weights.pages)?,
     };
     if read.total_time + read.downtime + read.pages <= 0.0 {
         return refuse("costWeights", "all weights are 0; leave them out for equal weights");
@@ -130,13 +130,24 @@ fn host(host: &HostConstants) -> Result<model::HostConstants, QuestionError> {
             Bandwidth::Unlimited => return refuse("host.lineRate", "it is 0; leave it out where it is not known"),
         },
     };
-    Ok(model::HostConstants {
+    let read = model::HostConstants {
         line_rate,
-        zero_pages_per_ms: amount("host.zeroPagesPerMs", host.zero_pages_per_ms, assumed.zero_pages_per_ms, 1e-3)?,
-        setup_ms: amount("host.setupMs", host.setup_ms, assumed.setup_ms, 0.0)?,
-        sync_ms: amount("host.syncMs", host.sync_ms, assumed.sync_ms, 0.0)?,
-        completion_ms: amount("host.completionMs", host.completion_ms, assumed.completion_ms, 0.0)?,
-    })
+        zero_pages_per_ms: host.zero_pages_per_ms.unwrap_or(assumed.zero_pages_per_ms),
+        setup_ms: host.setup_ms.unwrap_or(assumed.setup_ms),
+        sync_ms: host.sync_ms.unwrap_or(assumed.sync_ms),
+        completion_ms: host.completion_ms.unwrap_or(assumed.completion_ms),
+    };
+    let field = |name| match name {
+        "zeroPagesPerMs" => "host.zeroPagesPerMs",
+        "setupMs" => "host.setupMs",
+        "syncMs" => "host.syncMs",
+        "completionMs" => "host.completionMs",
+        _ => "host.lineRate",
+    };
+    match read.check() {
+        Ok(()) => Ok(read),
+        Err(absurd) => refuse(field(absurd.name), format!("`{}` is not {}", absurd.value, absurd.wanted)),
+    }
 }
 
 /// What others said may be in a message, and they may say a lot: no more than this goes into an object.
@@ -156,7 +167,7 @@ impl MigrationForecastStatus {
             observed_generation: Some(asked.generation),
             measured_at: Some(Time(measured_at)),
             verdict: Some(forecast.verdict),
-            reason: Some(reason_of(forecast, question).to_owned()),
+            reason: Some(reason_of(forecast, question.time_budget.is_none()).to_owned()),
             message: Some(describe(forecast, question)),
             probability: Some(round(forecast.probability.clamp(0.0, 1.0), 4)),
             method: Some(forecast.method),
@@ -312,12 +323,13 @@ fn thin<T>(points: &[T], most: usize) -> impl Iterator<Item = &T> {
     (0..take).filter_map(move |i| points.get(if take > 1 { i * last / (take - 1) } else { 0 }))
 }
 
-fn reason_of(forecast: &Forecast, question: &Question) -> &'static str {
+/// Why the verdict is what it is: one of [`reason`]. `endless`: there is no time budget.
+pub(crate) fn reason_of(forecast: &Forecast, endless: bool) -> &'static str {
     match forecast.verdict {
         Verdict::Converges => reason::WITHIN_BUDGET,
         Verdict::Borderline if forecast.sla_exceeded => reason::SLA_EXCEEDED,
         Verdict::Borderline => reason::NEAR_THE_LIMIT,
-        Verdict::Fails if question.time_budget.is_none() => reason::NEVER_CONVERGES,
+        Verdict::Fails if endless => reason::NEVER_CONVERGES,
         Verdict::Fails => reason::BUDGET_EXCEEDED,
         Verdict::Unknown => reason::NOT_MEASURED,
     }

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     convert::{QuestionError, refuse, shortened},
     forecast::is_fresh,
+    names::reason,
     scalar::Duration,
     schema,
 };
@@ -147,6 +148,10 @@ pub struct DryRunStatus {
     #[serde(default, skip_serializing_if = "String::is_empty")]
     #[schemars(length(max = 1024))]
     pub message: String,
+    /// In a word why there is no result: `DeadlineExceeded`, it did not converge within its deadline. Absent where the phase says it all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 64))]
+    pub reason: Option<String>,
     /// When QEMU began to send.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(schema_with = "schema::optional_time")]
@@ -306,6 +311,7 @@ impl DryRunStatus {
             question: Some(question.into()),
             phase,
             message: shortened(message.into()),
+            reason: None,
             started_at: None,
             completed_at: None,
             iteration: None,
@@ -318,6 +324,12 @@ impl DryRunStatus {
     /// Nothing more will come of it for this question (its fingerprint), and it is not so long ago that another try would tell more.
     pub fn is_over(&self, fingerprint: &str, now: Timestamp) -> bool {
         self.question.as_deref() == Some(fingerprint) && self.phase.is_final() && is_fresh(self.completed_at.as_ref(), now)
+    }
+
+    /// It was ended from outside before it could tell anything: by a migration, a hotplug, the absence of a manager. One that reached its own
+    /// deadline was not: it did not converge within that.
+    pub fn was_cut_short(&self) -> bool {
+        self.phase == DryRunPhase::Cancelled && self.reason.as_deref() != Some(reason::DEADLINE_EXCEEDED)
     }
 
     /// What it says of this question (its fingerprint, and read), and when it was: `None` where it ran under another question, ended without

@@ -154,6 +154,10 @@ pub struct LastMigration {
     /// Passes over the memory (QEMU's `ram.dirty-sync-count`).
     #[schemars(schema_with = "schema::count")]
     pub syncs: u64,
+    /// The most that the guest's processors were slowed down meanwhile, percent (QEMU's `cpu-throttle-percentage`); absent: not at all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "schema::optional_percentage")]
+    pub throttle_percent: Option<u64>,
 }
 
 /// A migration that ended, beside the forecast it started with. The manager's.

@@ -56,6 +56,8 @@ pub mod annotation {
     pub const VERDICT: &str = "migvisor.io/verdict";
     /// Why the verdict is what it is: one of [`super::reason`].
     pub const REASON: &str = "migvisor.io/reason";
+    /// Who wants the migration, as admission saw it: `Person`, `Evacuation`, `Descheduler` or `WorkloadUpdate`.
+    pub const ORIGIN: &str = "migvisor.io/origin";
     /// The share of replays that converged, 0..=1.
     pub const PROBABILITY: &str = "migvisor.io/probability";
     /// `PC` or `DR`.
@@ -86,10 +88,18 @@ pub mod kubevirt {
     pub const EVICTION_SOURCE: &str = "kubevirt.io/eviction-source";
     /// The value of [`EVICTION_SOURCE`] for the descheduler.
     pub const DESCHEDULER: &str = "descheduler";
+    /// The ServiceAccount of virt-controller, which alone makes migrations for drains and workload updates, in the namespace of the KubeVirt CR.
+    pub const CONTROLLER: &str = "kubevirt-controller";
+    /// Where KubeVirt is usually installed.
+    pub const NAMESPACE: &str = "kubevirt";
     /// On a launcher pod: the VMI's name.
     pub const DOMAIN: &str = "kubevirt.io/domain";
     /// Label of a target pod, and of its hotplug attachment pods: UID of the VMIM.
     pub const MIGRATION_JOB: &str = "kubevirt.io/migrationJobUID";
+    /// Label of a launcher pod: UID of the VMI that it was made for.
+    pub const CREATED_BY: &str = "kubevirt.io/created-by";
+    /// Label of a VMI: the node that it runs on. virt-api lets nobody but KubeVirt change it.
+    pub const NODE: &str = "kubevirt.io/nodeName";
     /// Label of every pod of KubeVirt's: what it is.
     pub const COMPONENT: &str = "kubevirt.io";
     /// The value of [`COMPONENT`] for the pods that hold VMs.
@@ -124,6 +134,8 @@ pub mod reason {
     pub const NO_NODE: &str = "NoNode";
     /// A plan: KubeVirt cannot migrate the VM at all.
     pub const NOT_MIGRATABLE: &str = "NotLiveMigratable";
+    /// A dry run: it did not converge within its own deadline.
+    pub const DEADLINE_EXCEEDED: &str = "DeadlineExceeded";
     /// The question itself cannot be read.
     pub const BAD_QUESTION: &str = "InvalidQuestion";
 }

@@ -4,6 +4,7 @@
 
 use std::{net::SocketAddr, path::PathBuf};
 
+use super::host::{self, HostError};
 use crate::{
     agent::{
         self, Options,
@@ -12,7 +13,6 @@ use crate::{
     },
     api::scalar::Duration,
     collector::{LookOptions, SourceKind, Target},
-    model::forecast::HostConstants,
     qemu::process::Processes,
     runtime::{
         client,
@@ -87,13 +87,8 @@ pub enum AgentCommandError {
         why: String,
     },
     /// The constants of the host cannot be used.
-    #[error("--host {}: {why}", path.display())]
-    Host {
-        /// What was given.
-        path: PathBuf,
-        /// What is wrong with it.
-        why: String,
-    },
+    #[error(transparent)]
+    Host(#[from] HostError),
     /// No log.
     #[error(transparent)]
     Telemetry(#[from] telemetry::TelemetryError),
@@ -140,17 +135,6 @@ fn node_name(text: &str) -> Result<String, String> {
     } else {
         Err("a node's name has up to 63 lower-case letters, digits, dashes and dots".to_owned())
     }
-}
-
-/// Reads the host's constants; absent ones are assumed.
-fn host_constants(path: Option<&PathBuf>) -> Result<HostConstants, AgentCommandError> {
-    let Some(path) = path else { return Ok(HostConstants::default()) };
-    let wrong = |why: String| AgentCommandError::Host { path: path.clone(), why };
-    let text = std::fs::read_to_string(path).map_err(|error| wrong(format!("{error}; it has to be a readable file")))?;
-    let host: HostConstants =
-        serde_yaml::from_str(&text).map_err(|error| wrong(format!("{error}; write YAML or JSON such as `setupMs: 3.0`")))?;
-    host.check().map_err(|error| wrong(error.to_string()))?;
-    Ok(host)
 }
 
 /// Where VMs are looked for.
@@ -200,7 +184,7 @@ impl Locate for Vms {
 
 /// Runs until SIGTERM or SIGINT.
 pub async fn run(args: AgentArgs) -> Result<(), AgentCommandError> {
-    let host = host_constants(args.host.as_ref())?;
+    let host = host::constants(args.host.as_deref())?;
     let vms = Vms::new(&args)?;
     telemetry::init(&args.log)?;
     let client = client::connect(args.kubeconfig.as_deref()).await?;
@@ -261,24 +245,6 @@ mod tests {
         assert!((parse(&["--cpu-budget", "5%"]).unwrap().cpu_budget - 5.0).abs() < 1e-9);
         let args = parse(&["--look", "3s", "--refresh", "45s"]).unwrap();
         assert_eq!((args.look.0.as_secs(), args.refresh.0.as_secs()), (3, 45));
-    }
-
-    #[test]
-    fn constants_of_the_host_are_read_leniently_and_judged_strictly() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("host.yaml");
-        let read = |text: &str| {
-            std::fs::write(&path, text).unwrap();
-            host_constants(Some(&path)).map_err(|error| error.to_string())
-        };
-        assert_eq!(read("setupMs: 9").unwrap(), HostConstants { setup_ms: 9.0, ..HostConstants::default() });
-        assert_eq!(read(r#"{"syncMs": 1.5}"#).unwrap(), HostConstants { sync_ms: 1.5, ..HostConstants::default() });
-        for (text, says) in
-            [("setup: 9", "unknown field"), ("setupMs: .nan", "between"), ("lineRate: 0", "above zero"), ("[", "YAML")]
-        {
-            let error = read(text).unwrap_err();
-            assert!(error.contains(says) && error.contains("host.yaml"), "{text}: {error}");
-        }
     }
 
     #[tokio::test]

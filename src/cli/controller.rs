@@ -45,6 +45,9 @@ pub struct ControllerArgs {
     /// Where the Lease of the leader lives, and what it learns
     #[arg(long, env = "POD_NAMESPACE", value_name = "NAMESPACE", default_value = "default")]
     lease_namespace: String,
+    /// The user that virt-controller is to the API server. Default: kubevirt-controller of the KubeVirt CR's namespace
+    #[arg(long, value_name = "USER")]
+    kubevirt_controller: Option<String>,
     /// How long admission still answers after SIGTERM, until no request is sent here any more
     #[arg(long, value_name = "DURATION", default_value = "3s")]
     drain: Duration,
@@ -105,6 +108,10 @@ pub async fn run(args: ControllerArgs) -> Result<(), ControllerError> {
     let (knowledge, feeds) = Knowledge::new();
     let anyones = leadership.clone();
     let knowledge = knowledge.managed_while(move || anyones.is_anyones());
+    let knowledge = match &args.kubevirt_controller {
+        Some(user) => knowledge.with_kubevirt_as(user),
+        None => knowledge,
+    };
     let router = webhook::router(Admission::new(knowledge.clone(), admission_metrics));
     let watched = readiness.wait_for("the first listing of everything watched");
     let synced = {

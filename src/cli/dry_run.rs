@@ -110,7 +110,7 @@ pub async fn run(args: DryRunArgs) -> anyhow::Result<ExitCode> {
     bar.finish_and_clear();
     match result {
         Ok(report) => output::dry_run(&report, &question, args.output),
-        Err(why) if why.is_refusal() => output::unknown(&why.to_string(), args.output),
+        Err(why) if why.is_refusal() => output::no_dry_run(&why.to_string(), args.output),
         Err(error) => Err(error.into()),
     }
 }

@@ -12,6 +12,7 @@ pub mod collect;
 pub mod controller;
 pub mod crd;
 pub mod dry_run;
+pub mod host;
 mod output;
 pub mod plan;
 pub mod predict;

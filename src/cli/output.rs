@@ -4,7 +4,7 @@ use std::{fmt::Write, process::ExitCode};
 
 use clap::ValueEnum;
 use serde::Serialize;
-use serde_json::json;
+use serde_json::{Map, Value, json};
 
 use super::exit;
 use crate::{
@@ -32,6 +32,9 @@ pub(super) fn forecast(forecast: &Forecast, question: &Question, format: Format)
     write(forecast, forecast.verdict, || table(forecast, question), format)
 }
 
+/// The keys of what a dry run adds to its forecast.
+const DRY_RUN: [&str; 5] = ["limits", "zeroPages", "compressionRatio", "end", "elapsedMs"];
+
 /// What a dry run adds to its forecast.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -54,7 +57,7 @@ pub(super) fn dry_run(report: &Report, question: &Question, format: Format) -> a
             time(report.elapsed.as_secs_f64() * 1e3),
             report.iterations
         );
-        return unknown(&why, format);
+        return no_dry_run(&why, format);
     };
     let answer = DryRun {
         forecast: &forecast,
@@ -95,19 +98,32 @@ fn write(answer: &impl Serialize, verdict: Verdict, table: impl Fn() -> String, 
     }))
 }
 
-/// Writes that there is no forecast, and why. The keys are those of a forecast; there are no numbers to go with them.
+/// Writes that there is no forecast, and why.
 pub(super) fn unknown(why: &str, format: Format) -> anyhow::Result<ExitCode> {
-    let value = json!({
-        "verdict": Verdict::Unknown, "message": why, "probability": null, "method": null, "iterations": null,
-        "convergenceMs": null, "downtimeMs": null, "totalMs": null, "dirtiedPages": null, "transferredBytes": null,
-        "leastConvergentBandwidth": null, "cost": null, "bounds": null, "pattern": null,
-    });
+    nothing(why, &[], format)
+}
+
+/// Writes that there is no dry run, and why.
+pub(super) fn no_dry_run(why: &str, format: Format) -> anyhow::Result<ExitCode> {
+    nothing(why, &DRY_RUN, format)
+}
+
+fn nothing(why: &str, more: &[&str], format: Format) -> anyhow::Result<ExitCode> {
+    let value = without_numbers(why, more);
     super::print(&match format {
         Format::Table => format!("Verdict    Unknown: {why}\n"),
         Format::Json => serde_json::to_string_pretty(&value)? + "\n",
         Format::Yaml => serde_yaml::to_string(&value)?,
     })?;
     Ok(ExitCode::from(exit::UNKNOWN))
+}
+
+/// The keys of a forecast and these; there are no numbers to go with them.
+fn without_numbers(why: &str, more: &[&str]) -> Map<String, Value> {
+    let mut keys: Map<String, Value> = Forecast::KEYS.iter().chain(more).map(|key| ((*key).to_owned(), Value::Null)).collect();
+    keys.insert("verdict".to_owned(), json!(Verdict::Unknown));
+    keys.insert("message".to_owned(), json!(why));
+    keys
 }
 
 /// `1.83 s`, `45 ms`.
@@ -175,4 +191,34 @@ fn table(f: &Forecast, question: &Question) -> String {
         row(&format!("  {} model says", baseline.name), says, None);
     }
     out
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    /// Whoever reads the JSON of a forecast, or of a dry run, finds the same keys where there is none.
+    #[test]
+    fn the_unknown_has_the_keys_of_what_is_known() {
+        let forecast: Forecast = serde_json::from_value(json!({
+            "verdict": "Fails", "probability": 0.0, "method": "DR", "iterations": 1, "convergenceMs": 1.0, "downtimeMs": null, "totalMs": 1.0,
+            "dirtiedPages": 1, "transferredBytes": 1, "leastConvergentBandwidth": null, "cost": null, "pattern": null,
+            "bounds": { "totalMs": [1.0, 1.0], "downtimeMs": null, "dirtiedPages": [1, 1], "iterations": [1, 1] }
+        }))
+        .unwrap();
+        let dry_run =
+            DryRun { forecast: &forecast, limits: &[], zero_pages: 0, compression_ratio: 1.0, end: End::Budget, elapsed_ms: 1.0 };
+        for (known, more) in [(json!(forecast), &[][..]), (json!(dry_run), &DRY_RUN[..])] {
+            let mut keys: BTreeSet<String> = known.as_object().unwrap().keys().cloned().collect();
+            keys.insert("message".to_owned());
+            let unknown = without_numbers("it is being migrated", more);
+            assert_eq!(unknown.keys().cloned().collect::<BTreeSet<_>>(), keys);
+            let told: BTreeSet<&str> =
+                unknown.iter().filter(|(_, value)| !value.is_null()).map(|(key, _)| key.as_str()).collect();
+            assert_eq!(told, BTreeSet::from(["message", "verdict"]));
+        }
+    }
 }

@@ -27,7 +27,7 @@ use crate::{
         policy::Selectors,
         scalar::{Duration, Quantity},
     },
-    manager::{Feeds, Knowledge, plan::survey},
+    manager::{Feeds, Knowledge, index::Sink, plan::survey},
     model::units::{Bytes, BytesPerSecond, MilliCpus},
     runtime::client,
 };
@@ -161,18 +161,18 @@ async fn read(client: &Client) -> anyhow::Result<Knowledge> {
 }
 
 /// One kind. What cannot be read counts as absent, as it does for the controller, and so does a kind that the cluster does not know.
-async fn fill<K>(client: &Client, mut store: Writer<K>) -> anyhow::Result<()>
+async fn fill<S: Sink>(client: &Client, mut store: S) -> anyhow::Result<()>
 where
-    K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + 'static,
+    S::Kind: Debug + DeserializeOwned,
 {
-    let api: Api<DeserializeGuard<K>> = Api::all(client.clone());
+    let api: Api<DeserializeGuard<S::Kind>> = Api::all(client.clone());
     let mut parameters = ListParams::default().limit(PAGE);
     store.apply_watcher_event(&Event::Init);
     loop {
         let list = match api.list(&parameters).await {
             Ok(list) => list,
             Err(kube::Error::Api(status)) if status.code == 404 => break,
-            Err(error) => return Err(error).with_context(|| format!("cannot list {}", K::plural(&()))),
+            Err(error) => return Err(error).with_context(|| format!("cannot list {}", S::Kind::plural(&()))),
         };
         for object in list.items.into_iter().filter_map(|guard| guard.0.ok()) {
             store.apply_watcher_event(&Event::InitApply(object));

@@ -1,16 +1,17 @@
 //! The arguments that ask a question, and those that say how to look. In: text. Out: the model's types, or an error that
 //! names the option.
 
-use std::{fs, path::PathBuf, time::Duration};
+use std::{path::PathBuf, time::Duration};
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use clap::{ArgGroup, Args};
 
+use super::host;
 use crate::{
     api::scalar,
     collector::{LookOptions, SourceKind, Target},
     model::{
-        forecast::{CostWeights, HostConstants, Question, Sla},
+        forecast::{CostWeights, Question, Sla},
         kubevirt::{DEFAULT_COMPLETION_TIMEOUT_PER_GIB, time_budget},
         units::{Bandwidth, Bytes, BytesPerSecond, FASTEST, SLOWEST},
     },
@@ -70,16 +71,7 @@ impl TermsArgs {
 
     /// The question about a guest of this size.
     pub(super) fn question(&self, ram: Bytes, downtime_limit: Duration) -> anyhow::Result<Question> {
-        let mut host = match &self.host {
-            None => HostConstants::default(),
-            Some(file) => {
-                let text = fs::read_to_string(file).with_context(|| format!("cannot read --host {}", file.display()))?;
-                let host: HostConstants =
-                    serde_yaml::from_str(&text).with_context(|| format!("--host {} holds no host constants", file.display()))?;
-                host.check().with_context(|| format!("--host {}", file.display()))?;
-                host
-            }
-        };
+        let mut host = host::constants(self.host.as_deref())?;
         if let Some(rate) = self.line_rate {
             host.line_rate = rate;
         }

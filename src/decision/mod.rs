@@ -6,17 +6,18 @@
 //! The table of what happens is in `docs/architecture.md`; the test `the_documents_table` reads it and holds the code to it.
 
 mod message;
+mod origin;
 
 use k8s_openapi::jiff::Timestamp;
 
+pub use self::origin::Origin;
 use crate::{
     api::{
         MigrationForecast, MigrationForecastSpec, MigrationForecastStatus,
-        dry_run::DryRunPhase,
+        convert::reason_of,
         forecast::{BudgetEnd, is_fresh},
-        kubevirt::{VirtualMachineInstance, VirtualMachineInstanceMigration},
         migration_override::MigrationOverride,
-        names::{self, reason},
+        names::reason,
         policy::{DryRunMode, Evacuations, Mode, PredictionPolicy},
         remedy::RemedyAnswer,
     },
@@ -28,44 +29,6 @@ pub const HOPELESS: f64 = 0.02;
 
 /// Above this probability nothing is denied, whatever the verdict says.
 const MOST_PROBABILITY_DENIED: f64 = 0.1;
-
-/// Who wants the migration.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Origin {
-    /// A person, or a program that is not KubeVirt's.
-    Person,
-    /// A drain or an eviction: KubeVirt asks again for ever.
-    Evacuation,
-    /// The descheduler, through an eviction.
-    Descheduler,
-    /// KubeVirt's workload updater.
-    WorkloadUpdate,
-}
-
-impl Origin {
-    /// From a migration, and what is known of its VM.
-    pub fn of(migration: &VirtualMachineInstanceMigration, vmi: Option<&VirtualMachineInstance>) -> Self {
-        let annotations = migration.metadata.annotations.as_ref();
-        let has = |key: &str| annotations.is_some_and(|annotations| annotations.contains_key(key));
-        let evicted_by = vmi.and_then(|vmi| vmi.metadata.annotations.as_ref()?.get(names::kubevirt::EVICTION_SOURCE));
-        if has(names::kubevirt::EVACUATION) {
-            if evicted_by.is_some_and(|source| source == names::kubevirt::DESCHEDULER) {
-                Self::Descheduler
-            } else {
-                Self::Evacuation
-            }
-        } else if has(names::kubevirt::WORKLOAD_UPDATE) {
-            Self::WorkloadUpdate
-        } else {
-            Self::Person
-        }
-    }
-
-    /// KubeVirt itself wants it, and would ask again and again.
-    pub fn is_kubevirts(self) -> bool {
-        self != Self::Person
-    }
-}
 
 /// Can a migration be held back now?
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -237,7 +200,7 @@ pub fn decide(input: &Input<'_>) -> Decision {
     Decision {
         action,
         verdict: forecast.verdict,
-        reason: reason_of(&forecast, present),
+        reason: reason_of(&forecast, present.time_budget.is_none()),
         message: message::compose(input, present, &forecast, told, remedy),
         remedy: remedy.cloned(),
     }
@@ -285,10 +248,11 @@ fn act<'a>(input: &Input<'a>, present: &'a MigrationForecastSpec, forecast: &For
     }
 }
 
-/// The dry run of this question was withdrawn before it had a result: by a migration, a hotplug, or the absence of a manager.
+/// The dry run of this question was withdrawn before it had a result. One that reached its own deadline had its time: then the pattern alone
+/// speaks, as where nothing is tried out.
 fn was_cut_short(input: &Input<'_>, present: &MigrationForecastSpec) -> bool {
     let tried = input.forecast.and_then(|forecast| forecast.status.as_ref()?.dry_run.as_ref());
-    tried.is_some_and(|tried| tried.phase == DryRunPhase::Cancelled && tried.is_over(&present.fingerprint(), input.now))
+    tried.is_some_and(|tried| tried.was_cut_short() && tried.is_over(&present.fingerprint(), input.now))
 }
 
 /// An agent has begun the dry run that is asked for.
@@ -318,17 +282,6 @@ fn leaves_a_doubt(input: &Input<'_>, present: &MigrationForecastSpec, forecast: 
 /// KubeVirt's configuration makes it end all the same, at the guest's expense.
 fn is_forced(present: &MigrationForecastSpec) -> bool {
     present.auto_converge || present.when_budget_ends != BudgetEnd::Abort
-}
-
-fn reason_of(forecast: &Forecast, present: &MigrationForecastSpec) -> &'static str {
-    match forecast.verdict {
-        Verdict::Converges => reason::WITHIN_BUDGET,
-        Verdict::Borderline if forecast.sla_exceeded => reason::SLA_EXCEEDED,
-        Verdict::Borderline => reason::NEAR_THE_LIMIT,
-        Verdict::Fails if present.time_budget.is_none() => reason::NEVER_CONVERGES,
-        Verdict::Fails => reason::BUDGET_EXCEEDED,
-        Verdict::Unknown => reason::NOT_MEASURED,
-    }
 }
 
 #[cfg(test)]

@@ -168,9 +168,8 @@ impl Writer {
             None => None,
         };
         let winner = winner.and_then(|winner| serde_json::to_value(winner).ok());
-        let (uid, name) = (migration.uid().unwrap_or_default(), vmi.name_any());
-        let policy =
-            force::policy(winner.as_ref(), migration.metadata.namespace.as_deref().unwrap_or_default(), &name, &uid, remedy);
+        let uid = migration.uid().unwrap_or_default();
+        let policy = force::policy(winner.as_ref(), vmi, &uid, remedy);
         let parameters = PatchParams::apply(names::MANAGER).force();
         let (ours, policy) = (force::name(&uid), Patch::Apply(policy));
         let applied = api.patch(&ours, &parameters, &policy);

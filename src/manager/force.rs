@@ -1,7 +1,7 @@
 //! Migrations that are forced: what the MigrationPolicy for one of them says, whether KubeVirt would pick it, when it has served. Pure.
 //!
 //! In: the MigrationPolicy that would win without ours, the remedy, the VM's labels, the migration. Out: our MigrationPolicy; whether it
-//! is to go. It takes over every field of the policy that would have won and all of its selectors, and adds two of its own, the VM's label and
+//! is to go. It takes over every field of the policy that would have won and all of its selectors, and adds its own, the VM's label, its node and
 //! the namespace's name: KubeVirt counts the labels that match (`migrationpolicy.go`), so ours outscores any policy of a person's that it takes
 //! over. A person's is never edited.
 
@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 
 use crate::api::{
     kubevirt::{MigrationPolicy, VirtualMachineInstance, VirtualMachineInstanceMigration},
-    names::{FORCE_LABEL, FORCE_PREFIX, FORCED_VM},
+    names::{FORCE_LABEL, FORCE_PREFIX, FORCED_VM, kubevirt},
     policy,
     remedy::{RemedyAnswer, RemedyType},
 };
@@ -34,8 +34,10 @@ pub fn vm_of(policy: &MigrationPolicy) -> Option<(&str, &str)> {
     policy.metadata.annotations.as_ref()?.get(FORCED_VM)?.split_once('/')
 }
 
-/// Our policy, whole. `winner`: the one that would win without it, as the API server has it, all of its fields.
-pub fn policy(winner: Option<&Value>, namespace: &str, vm: &str, migration_uid: &str, remedy: &RemedyAnswer) -> Value {
+/// Our policy, whole, for a migration of this VM. `winner`: the one that would win without it, as the API server has it, all of its fields.
+pub fn policy(winner: Option<&Value>, vmi: &VirtualMachineInstance, migration_uid: &str, remedy: &RemedyAnswer) -> Value {
+    let (namespace, vm) =
+        (vmi.metadata.namespace.as_deref().unwrap_or_default(), vmi.metadata.name.as_deref().unwrap_or_default());
     let mut spec = winner.and_then(|winner| winner.get("spec")).and_then(Value::as_object).cloned().unwrap_or_default();
     let mut selectors = spec.get("selectors").and_then(Value::as_object).cloned().unwrap_or_default();
     let mut add = |selector: &str, key: &str, value: &str| {
@@ -49,6 +51,10 @@ pub fn policy(winner: Option<&Value>, namespace: &str, vm: &str, migration_uid: 
     };
     add("virtualMachineInstanceSelector", FORCE_LABEL, migration_uid);
     add("namespaceSelector", NAMESPACE_NAME, namespace);
+    // Anybody who may label VMs can put our label on another one of the namespace's; this one only KubeVirt puts on.
+    if let Some(node) = vmi.metadata.labels.as_ref().and_then(|labels| labels.get(kubevirt::NODE)) {
+        add("virtualMachineInstanceSelector", kubevirt::NODE, node);
+    }
     spec.insert("selectors".to_owned(), Value::Object(selectors));
     spec.extend(changes(remedy));
     json!({

@@ -14,10 +14,16 @@ fn labels(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
     pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
 }
 
+fn wild(labels: &BTreeMap<String, String>) -> VirtualMachineInstance {
+    from_value(json!({ "metadata": { "name": "wild", "namespace": "shop", "labels": labels } })).unwrap()
+}
+
 /// Whatever a person's policy selects by, ours is the one that KubeVirt takes.
 #[test]
 fn ours_outscores_a_persons() {
-    let vmi = labels(&[("a", "1"), ("b", "2"), ("c", "3"), ("d", "4"), ("e", "5"), (FORCE_LABEL, "uid-m")]);
+    let own = [("a", "1"), ("b", "2"), ("c", "3"), ("d", "4"), ("e", "5"), (kubevirt::NODE, "node-1")];
+    let before = labels(&own);
+    let vmi = labels(&[&own[..], &[(FORCE_LABEL, "uid-m")]].concat());
     let namespace = labels(&[(NAMESPACE_NAME, "shop"), ("team", "x"), ("zone", "1")]);
     let of_vmi = |count: usize| -> Value {
         let keys = ["a", "b", "c", "d", "e"].into_iter().take(count);
@@ -35,14 +41,16 @@ fn ours_outscores_a_persons() {
     ] {
         let person = json!({ "metadata": { "name": "aaa" }, "spec": { "selectors": selectors, "allowPostCopy": false } });
         let winner = (!selectors.is_null()).then_some(&person);
-        let ours = policy(winner, "shop", "wild", "uid-m", &remedy(RemedyType::AutoConverge));
+        let ours = policy(winner, &wild(&before), "uid-m", &remedy(RemedyType::AutoConverge));
         let policies: Vec<Arc<MigrationPolicy>> =
             [person.clone(), ours].into_iter().map(|object| Arc::new(from_value(object).unwrap())).collect();
         assert!(is_in_force(policies.clone(), &namespace, &vmi, "uid-m"), "{selectors}");
         // Without the label, and in another namespace, it is nobody's.
-        let bare: BTreeMap<_, _> =
-            vmi.iter().filter(|(key, _)| *key != FORCE_LABEL).map(|(k, v)| (k.clone(), v.clone())).collect();
-        assert!(!is_in_force(policies.clone(), &namespace, &bare, "uid-m"), "{selectors}");
+        assert!(!is_in_force(policies.clone(), &namespace, &before, "uid-m"), "{selectors}");
+        // Somebody has put the label on a VM of another node.
+        let mut caught = vmi.clone();
+        caught.insert(kubevirt::NODE.to_owned(), "node-2".to_owned());
+        assert!(!is_in_force(policies.clone(), &namespace, &caught, "uid-m"), "{selectors}");
         assert!(!is_in_force(policies, &labels(&[(NAMESPACE_NAME, "other")]), &vmi, "uid-m"), "{selectors}");
     }
 }
@@ -76,17 +84,20 @@ fn it_takes_over_what_it_does_not_change() {
         ),
     ];
     for (remedy, changed) in cases {
-        let ours = policy(Some(&person), "shop", "wild", "uid-m", &remedy);
+        let ours = policy(Some(&person), &wild(&labels(&[(kubevirt::NODE, "node-1")])), "uid-m", &remedy);
         let mut expected = person["spec"].clone();
         json_patch::merge(&mut expected, &changed);
         expected["selectors"] = json!({
-            "virtualMachineInstanceSelector": { "tier": "gold", FORCE_LABEL: "uid-m" }, "namespaceSelector": { NAMESPACE_NAME: "shop" }
+            "virtualMachineInstanceSelector": { "tier": "gold", FORCE_LABEL: "uid-m", kubevirt::NODE: "node-1" },
+            "namespaceSelector": { NAMESPACE_NAME: "shop" }
         });
         assert_eq!(ours["spec"], expected, "{remedy:?}");
         assert_eq!(ours["metadata"], json!({ "name": "migvisor-uid-m", "annotations": { FORCED_VM: "shop/wild" } }));
         let read: MigrationPolicy = from_value(ours).unwrap();
         assert!(is_ours(&read) && vm_of(&read) == Some(("shop", "wild")));
     }
+    let nowhere = policy(None, &wild(&labels(&[])), "uid-m", &remedy(RemedyType::AutoConverge));
+    assert_eq!(nowhere["spec"]["selectors"]["virtualMachineInstanceSelector"], json!({ FORCE_LABEL: "uid-m" }));
     let theirs: MigrationPolicy = from_value(json!({ "metadata": { "name": "migvisor-like" } })).unwrap();
     assert!(!is_ours(&theirs), "a person may call a policy so");
 }

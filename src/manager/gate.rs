@@ -13,7 +13,7 @@ use super::{
     Manager, WriteError,
     force::{self, Served},
     hold::{self, HOLDING, LETTING_GO, Step},
-    knowledge::Candidate,
+    judge::Candidate,
     observe::Notice,
     watch::Key,
 };
@@ -51,7 +51,7 @@ impl Manager {
     ) -> Vec<Case> {
         let now = Timestamp::now();
         let case = |migration: &Arc<VirtualMachineInstanceMigration>| {
-            let pod = hold::pod_of(pods, migration);
+            let pod = vmi.and_then(|vmi| hold::pod_of(pods, migration, vmi));
             let decision = self.knowledge.judge(self.knowledge.candidate(migration, pod), now).decision;
             let uid = migration.metadata.uid.as_deref().unwrap_or_default();
             let forced = decision.remedy.is_some() && vmi.is_some_and(|vmi| self.knowledge.is_forced(vmi, uid));
@@ -176,7 +176,8 @@ impl Manager {
         Ok(())
     }
 
-    /// KubeVirt is told once that it may move a VM which it was not allowed to: by itself it tries again only after a quarter of an hour.
+    /// KubeVirt is told once that it may move a VM which it was not allowed to, or that waited when this leader came: by itself it tries again
+    /// only after a quarter of an hour.
     pub(super) async fn nudge(
         &self,
         key: &Key,
@@ -184,23 +185,20 @@ impl Manager {
         migrations: &[Arc<VirtualMachineInstanceMigration>],
     ) -> Result<(), WriteError> {
         let waits = !vmi.status.evacuation_node_name.is_empty() && !migrations.iter().any(|migration| migration.is_under_way());
-        if !waits {
-            self.remember(key, |memory| memory.blocked = None);
-            return Ok(());
-        }
-        let evacuation =
-            Candidate { origin: Origin::Evacuation, stage: Stage::Request, ..Candidate::nobodys(&key.namespace, &key.name) };
-        let decision = self.knowledge.judge(evacuation, Timestamp::now()).decision;
-        // A question that is asked anew is unanswered for a moment: nothing has been lifted.
-        if decision.verdict == Verdict::Unknown {
-            return Ok(());
-        }
-        let blocked = decision.action == Action::Deny;
-        if self.remember(key, |memory| memory.blocked) == Some(true) && !blocked {
+        let denied = || {
+            let nobodys = Candidate::nobodys(&key.namespace, &key.name);
+            let evacuation = Candidate { origin: Origin::Evacuation, stage: Stage::Request, ..nobodys };
+            let decision = self.knowledge.judge(evacuation, Timestamp::now()).decision;
+            // A question that is asked anew is unanswered for a moment.
+            (decision.verdict != Verdict::Unknown).then_some(decision.action == Action::Deny)
+        };
+        let before = self.remember(key, |memory| memory.evacuation);
+        let (now, lifted) = before.next(waits, denied);
+        if lifted {
             self.writer.nudge(vmi).await?;
-            info!(namespace = key.namespace, vm = key.name, "no longer blocked: KubeVirt was told to try again");
+            info!(namespace = key.namespace, vm = key.name, "not denied (any more): KubeVirt was told to try again");
         }
-        self.remember(key, |memory| memory.blocked = Some(blocked));
+        self.remember(key, |memory| memory.evacuation = now);
         Ok(())
     }
 
@@ -221,14 +219,15 @@ impl Manager {
         first
     }
 
-    /// Lets go those of a VM's pods whose migration nobody knows.
+    /// Lets go those of a VM's pods that are no known migration's own.
     pub(super) async fn let_orphans_go(
         &self,
         pods: &[Arc<Pod>],
+        vmi: Option<&VirtualMachineInstance>,
         migrations: &[Arc<VirtualMachineInstanceMigration>],
     ) -> Result<(), WriteError> {
         let now = Timestamp::now();
-        for pod in pods.iter().filter(|pod| hold::is_orphan(pod, migrations, now)) {
+        for pod in pods.iter().filter(|pod| hold::is_orphan(pod, migrations, vmi, now)) {
             self.writer.let_go(pod).await?;
         }
         Ok(())

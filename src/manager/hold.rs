@@ -8,12 +8,12 @@
 use std::time::Duration;
 
 use k8s_openapi::{api::core::v1::Pod, jiff::Timestamp};
-use kube::{Resource, ResourceExt};
+use kube::Resource;
 
 use crate::{
     api::{
         MigrationForecast,
-        kubevirt::VirtualMachineInstanceMigration,
+        kubevirt::{VirtualMachineInstance, VirtualMachineInstanceMigration},
         names::{GATE, kubevirt},
     },
     decision::{Action, Decision},
@@ -47,6 +47,18 @@ pub fn vmi_of(pod: &Pod) -> Option<&str> {
     pod.metadata.annotations.as_ref()?.get(kubevirt::DOMAIN).map(String::as_str)
 }
 
+/// The pod is what KubeVirt itself takes for this migration's, in the same namespace: it names the migration and bears the UID of the VM, whose own it is.
+/// A pod that merely has the label of somebody else's migration is not.
+pub fn is_its_own(pod: &Pod, migration: &VirtualMachineInstanceMigration, vmi: &VirtualMachineInstance) -> bool {
+    let (Some(vm), Some(job)) = (vmi.metadata.uid.as_deref(), migration.metadata.uid.as_deref()) else { return false };
+    let made_for = pod.metadata.labels.as_ref().and_then(|labels| labels.get(kubevirt::CREATED_BY));
+    let owner = pod.metadata.owner_references.iter().flatten().find(|owner| owner.controller == Some(true));
+    migration_of(pod) == Some(job)
+        && made_for.is_some_and(|uid| uid == vm)
+        && owner.is_some_and(|owner| owner.uid == vm)
+        && vmi_of(pod) == Some(migration.spec.vmi_name.as_str())
+}
+
 /// Our gate is on it.
 pub fn is_gated(pod: &Pod) -> bool {
     let gates = pod.spec.as_ref().and_then(|spec| spec.scheduling_gates.as_ref());
@@ -78,7 +90,7 @@ pub enum Step {
 /// `pod`: its target pod, if there is one. `decision`: as it is now, with the deadline of the hold in it. `forced`: the remedy has been applied,
 /// and KubeVirt would go by it.
 pub fn step(migration: &VirtualMachineInstanceMigration, pod: Option<&Pod>, decision: &Decision, forced: bool) -> Step {
-    // While its own pod is gated KubeVirt takes it no further: a pod that bears our gate beyond that merely says that it is its own.
+    // While its pod is gated KubeVirt takes it no further: one that bears our gate beyond that only looks like its own.
     let gated = pod.is_some_and(is_gated) && matches!(migration.status.phase.as_str(), "" | "Pending" | "Scheduling");
     let ends = migration.metadata.deletion_timestamp.is_some();
     match decision.action {
@@ -100,10 +112,15 @@ pub fn step(migration: &VirtualMachineInstanceMigration, pod: Option<&Pod>, deci
     }
 }
 
-/// Nobody knows the migration of this pod that we hold, and not because its watch lags behind the pods'.
-pub fn is_orphan<M: AsRef<VirtualMachineInstanceMigration>>(pod: &Pod, migrations: &[M], now: Timestamp) -> bool {
-    let known = |uid: &str| migrations.iter().any(|migration| migration.as_ref().metadata.uid.as_deref() == Some(uid));
-    is_gated(pod) && !migration_of(pod).is_some_and(known) && held_for(pod, now) > LETTING_GO
+/// We hold a pod that is no known migration's own, and not because a watch lags behind the pods'. `vmi`: the VM that it names, if there is one.
+pub fn is_orphan<M: AsRef<VirtualMachineInstanceMigration>>(
+    pod: &Pod,
+    migrations: &[M],
+    vmi: Option<&VirtualMachineInstance>,
+    now: Timestamp,
+) -> bool {
+    let known = |vmi: &VirtualMachineInstance| migrations.iter().any(|migration| is_its_own(pod, migration.as_ref(), vmi));
+    is_gated(pod) && !vmi.is_some_and(known) && held_for(pod, now) > LETTING_GO
 }
 
 /// A dry run of the VM may still be under way: the agent has begun it and not told of its end.
@@ -126,10 +143,13 @@ pub fn waits_to_begin(stored: &MigrationForecast) -> bool {
     status.is_none_or(|status| status.started_at.is_none() && !status.phase.is_final())
 }
 
-/// The pod of this migration; of several that say they are, one that is held, for it must be let go.
-pub fn pod_of<'a, P: AsRef<Pod>>(pods: &'a [P], migration: &VirtualMachineInstanceMigration) -> Option<&'a Pod> {
-    let uid = migration.uid()?;
-    let mut all = pods.iter().map(AsRef::as_ref).filter(|pod| migration_of(pod) == Some(uid.as_str()));
+/// The pod of this migration of this VM; of several that look like it, one that is held, for it must be let go.
+pub fn pod_of<'a, P: AsRef<Pod>>(
+    pods: &'a [P],
+    migration: &VirtualMachineInstanceMigration,
+    vmi: &VirtualMachineInstance,
+) -> Option<&'a Pod> {
+    let mut all = pods.iter().map(AsRef::as_ref).filter(|pod| is_its_own(pod, migration, vmi));
     let first = all.next()?;
     Some(if is_gated(first) { first } else { all.find(|pod| is_gated(pod)).unwrap_or(first) })
 }

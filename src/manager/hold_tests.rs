@@ -27,13 +27,20 @@ fn pod(gates: &[&str], more: &Value) -> Pod {
     let mut object = json!({
         "metadata": {
             "name": "virt-launcher-wild-2", "namespace": "shop", "creationTimestamp": "2026-11-22T12:00:00Z",
-            "labels": { "kubevirt.io": "virt-launcher", "kubevirt.io/migrationJobUID": "uid-m" },
-            "annotations": { "kubevirt.io/domain": "wild" }
+            "labels": { "kubevirt.io": "virt-launcher", "kubevirt.io/migrationJobUID": "uid-m", "kubevirt.io/created-by": "uid-wild" },
+            "annotations": { "kubevirt.io/domain": "wild" },
+            "ownerReferences": [{
+                "apiVersion": "kubevirt.io/v1", "kind": "VirtualMachineInstance", "name": "wild", "uid": "uid-wild", "controller": true
+            }]
         },
         "spec": { "containers": [], "schedulingGates": gates }
     });
     json_patch::merge(&mut object, more);
     serde_json::from_value(object).unwrap()
+}
+
+fn vm(uid: &str) -> VirtualMachineInstance {
+    serde_json::from_value(json!({ "metadata": { "name": "wild", "namespace": "shop", "uid": uid } })).unwrap()
 }
 
 fn decided(action: Action) -> Decision {
@@ -100,21 +107,52 @@ fn only_target_pods_are_known_by_their_migration() {
         assert_eq!(migration_of(&pod(&[], &more)), None, "{more}");
     }
     let none: [Arc<Pod>; 0] = [];
-    let (held, forged) = (Arc::new(pod(&[GATE], &json!({}))), Arc::new(pod(&[], &json!({}))));
-    let migration = migration("", &json!({}));
-    assert!(pod_of(&[Arc::clone(&forged)], &migration).is_some());
-    assert!(pod_of(&[forged, held], &migration).is_some_and(is_gated), "what is held must be found, whoever says the same");
-    assert!(pod_of(&none, &migration).is_none());
+    let (held, other) = (Arc::new(pod(&[GATE], &json!({}))), Arc::new(pod(&[], &json!({}))));
+    let (migration, wild) = (migration("", &json!({})), vm("uid-wild"));
+    assert!(pod_of(&[Arc::clone(&other)], &migration, &wild).is_some());
+    assert!(pod_of(&[other, held], &migration, &wild).is_some_and(is_gated), "what is held must be found, whoever says the same");
+    assert!(pod_of(&none, &migration, &wild).is_none());
+}
+
+/// With our gate on it, and somebody else's migration on its label.
+#[test]
+fn a_forged_pod_is_no_migrations_own() {
+    let (migration, wild) = (migration("Scheduling", &json!({})), vm("uid-wild"));
+    let own = Arc::new(pod(&[GATE], &json!({})));
+    assert!(is_its_own(&own, &migration, &wild));
+    let owner = |uid: &str, controller: bool| json!([{ "apiVersion": "kubevirt.io/v1", "kind": "VirtualMachineInstance", "name": "wild", "uid": uid, "controller": controller }]);
+    for more in [
+        json!({ "labels": { "kubevirt.io/created-by": null } }),
+        json!({ "labels": { "kubevirt.io/created-by": "uid-mine" } }),
+        json!({ "labels": { "kubevirt.io/migrationJobUID": "uid-x" } }),
+        json!({ "labels": { "kubevirt.io": "hotplug-disk" } }),
+        json!({ "annotations": { "kubevirt.io/domain": "mine" } }),
+        json!({ "ownerReferences": null }),
+        json!({ "ownerReferences": owner("uid-mine", true) }),
+        json!({ "ownerReferences": owner("uid-wild", false) }),
+    ] {
+        let forged = Arc::new(pod(&[GATE], &json!({ "metadata": more })));
+        assert!(!is_its_own(&forged, &migration, &wild), "{more}");
+        let pods = [Arc::clone(&forged), Arc::clone(&own)];
+        assert!(pod_of(&pods, &migration, &wild).is_some_and(|pod| *pod == *own), "{more}");
+        assert!(pod_of(std::slice::from_ref(&forged), &migration, &wild).is_none(), "{more}");
+        assert!(is_orphan(&forged, std::slice::from_ref(&migration), Some(&wild), at("13:00:00")), "it is let go: {more}");
+    }
+    assert!(!is_its_own(&own, &migration, &vm("uid-another-of-its-name")));
+    let nameless: VirtualMachineInstance = serde_json::from_value(json!({ "metadata": { "name": "wild" } })).unwrap();
+    assert!(!is_its_own(&own, &migration, &nameless));
 }
 
 #[test]
 fn a_pod_whose_migration_nobody_knows_is_let_go_once_the_watches_had_their_time() {
     let (held, known) = (pod(&[GATE], &json!({})), [migration("Pending", &json!({}))]);
     let nobody: [Arc<VirtualMachineInstanceMigration>; 0] = [];
-    assert!(!is_orphan(&held, &nobody, at("12:00:10")), "the watch may lag");
-    assert!(is_orphan(&held, &nobody, at("12:00:11")));
-    assert!(!is_orphan(&held, &known, at("13:00:00")));
-    assert!(!is_orphan(&pod(&[], &json!({})), &nobody, at("13:00:00")), "none of ours");
+    let wild = vm("uid-wild");
+    assert!(!is_orphan(&held, &nobody, Some(&wild), at("12:00:10")), "the watch may lag");
+    assert!(is_orphan(&held, &nobody, Some(&wild), at("12:00:11")));
+    assert!(!is_orphan(&held, &known, Some(&wild), at("13:00:00")));
+    assert!(is_orphan(&held, &known, None, at("13:00:00")), "its VM is gone");
+    assert!(!is_orphan(&pod(&[], &json!({})), &nobody, Some(&wild), at("13:00:00")), "none of ours");
     assert_eq!(held_for(&held, at("12:05:00")).as_secs(), 300);
     assert_eq!(held_for(&held, at("11:00:00")).as_secs(), 0, "clocks disagree");
 }

@@ -1,36 +1,30 @@
 //! What a replica knows: the objects that it watches, in memory, and the questions that can be asked of them together.
 //!
-//! In: reflector stores, filled by [`super::watch`]. Out: the policy and the question of a VM, and decisions. No I/O: admission is
+//! In: reflector stores, filled by [`super::watch`]. Out: the policy and the question of a VM; [`super::judge`] decides from it. No I/O: admission is
 //! answered from here. Every replica has one; only the leader writes.
 
-use std::{
-    collections::{BTreeMap, HashSet},
-    sync::Arc,
-};
+use std::{collections::BTreeMap, sync::Arc};
 
 use k8s_openapi::{
     api::core::v1::{Namespace, Pod},
     jiff::Timestamp,
 };
 use kube::{
-    Resource, ResourceExt,
+    ResourceExt,
     runtime::reflector::{ObjectRef, Store, store::Writer},
 };
 
 use super::{
     dry_run::{self, Carriage, Case, Way, Wish},
-    force, hold,
+    force,
+    index::{ByVm, Indexed, Sink},
     question::{self, Desired, Effective},
 };
-use crate::{
-    api::{
-        MigrationForecast, MigrationForecastSpec, MigrationOverride, PredictionPolicy,
-        forecast::HostConstants,
-        kubevirt::{KubeVirt, MigrationPolicy, VirtualMachineInstance, VirtualMachineInstanceMigration},
-        migration_override,
-        policy::{self, Evacuations},
-    },
-    decision::{self, Decision, Input, Origin, Room, Stage},
+use crate::api::{
+    MigrationForecast, MigrationForecastSpec, MigrationOverride, PredictionPolicy,
+    forecast::HostConstants,
+    kubevirt::{KubeVirt, MigrationPolicy, VirtualMachineInstance, VirtualMachineInstanceMigration},
+    names, policy,
 };
 
 /// The readers' side.
@@ -54,7 +48,11 @@ pub struct Knowledge {
     pub kubevirts: Store<KubeVirt>,
     /// For their labels.
     pub namespaces: Store<Namespace>,
+    migrations_by: ByVm<VirtualMachineInstanceMigration>,
+    pods_by: ByVm<Pod>,
     managed: Managed,
+    /// KubeVirt's controller, as the API server names it; `None`: by where the KubeVirt CR is.
+    controller: Option<Arc<str>>,
 }
 
 /// Is a manager alive that would let go what is held?
@@ -73,7 +71,7 @@ pub struct Feeds {
     /// VMs.
     pub vmis: Writer<VirtualMachineInstance>,
     /// Migrations.
-    pub migrations: Writer<VirtualMachineInstanceMigration>,
+    pub migrations: Indexed<VirtualMachineInstanceMigration>,
     /// Questions and answers.
     pub forecasts: Writer<MigrationForecast>,
     /// Our policies.
@@ -81,7 +79,7 @@ pub struct Feeds {
     /// What people let through.
     pub overrides: Writer<MigrationOverride>,
     /// Target pods of migrations.
-    pub pods: Writer<Pod>,
+    pub pods: Indexed<Pod>,
     /// KubeVirt's policies.
     pub migration_policies: Writer<MigrationPolicy>,
     /// KubeVirt's configuration.
@@ -90,54 +88,24 @@ pub struct Feeds {
     pub namespaces: Writer<Namespace>,
 }
 
-/// A decision and what it rests on.
-#[derive(Debug, Clone)]
-pub struct Judgement {
-    /// Allow, warn or deny.
-    pub decision: Decision,
-    /// The stored forecast, whether it counts or not.
-    pub forecast: Option<Arc<MigrationForecast>>,
-}
-
-/// Which migration is judged.
-#[derive(Debug, Clone, Copy)]
-pub struct Candidate<'a> {
-    /// Its namespace.
-    pub namespace: &'a str,
-    /// `spec.vmiName`.
-    pub vmi_name: &'a str,
-    /// It leaves the cluster.
-    pub leaves_cluster: bool,
-    /// Who wants it.
-    pub origin: Origin,
-    /// How far it is.
-    pub stage: Stage,
-    /// Its target pod, if there is one.
-    pub pod: Option<&'a Pod>,
-}
-
-impl<'a> Candidate<'a> {
-    /// A person's migration that nobody has asked for: what would become of it?
-    pub fn nobodys(namespace: &'a str, vmi_name: &'a str) -> Self {
-        Self { namespace, vmi_name, leaves_cluster: false, origin: Origin::Person, stage: Stage::Nobody, pod: None }
-    }
-}
-
 impl Knowledge {
     /// Empty stores and the writers that fill them.
     pub fn new() -> (Self, Feeds) {
         let feeds = Feeds::default();
         let knowledge = Self {
             vmis: feeds.vmis.as_reader(),
-            migrations: feeds.migrations.as_reader(),
+            migrations: feeds.migrations.reader(),
             forecasts: feeds.forecasts.as_reader(),
             policies: feeds.policies.as_reader(),
             overrides: feeds.overrides.as_reader(),
-            pods: feeds.pods.as_reader(),
+            pods: feeds.pods.reader(),
             migration_policies: feeds.migration_policies.as_reader(),
             kubevirts: feeds.kubevirts.as_reader(),
             namespaces: feeds.namespaces.as_reader(),
+            migrations_by: feeds.migrations.by_vm(),
+            pods_by: feeds.pods.by_vm(),
             managed: Managed(Arc::new(|| false)),
+            controller: None,
         };
         (knowledge, feeds)
     }
@@ -146,6 +114,22 @@ impl Knowledge {
     #[must_use]
     pub fn managed_while(self, alive: impl Fn() -> bool + Send + Sync + 'static) -> Self {
         Self { managed: Managed(Arc::new(alive)), ..self }
+    }
+
+    /// With this as the name of KubeVirt's controller to the API server; without, it is the usual ServiceAccount beside the KubeVirt CR.
+    #[must_use]
+    pub fn with_kubevirt_as(self, user: &str) -> Self {
+        Self { controller: Some(user.into()), ..self }
+    }
+
+    /// Is this user, as the API server names it, KubeVirt's controller?
+    pub fn is_kubevirt(&self, user: &str) -> bool {
+        if let Some(controller) = &self.controller {
+            return **controller == *user;
+        }
+        let account = user.strip_prefix("system:serviceaccount:").and_then(|account| account.split_once(':'));
+        let namespace = self.kubevirt().and_then(|kubevirt| kubevirt.namespace());
+        account == Some((namespace.as_deref().unwrap_or(names::kubevirt::NAMESPACE), names::kubevirt::CONTROLLER))
     }
 
     /// Returns once every store has been filled for the first time; never, if the watches ended before.
@@ -183,8 +167,7 @@ impl Knowledge {
 
     /// The migrations of the VM of that name.
     pub fn migrations_of(&self, namespace: &str, name: &str) -> Vec<Arc<VirtualMachineInstanceMigration>> {
-        self.migrations
-            .state_filter(|migration| migration.spec.vmi_name == name && migration.meta().namespace.as_deref() == Some(namespace))
+        self.migrations_by.of_vm(namespace, name)
     }
 
     /// Our policy for a VM; `None`: the built-in one, which only audits.
@@ -242,13 +225,12 @@ impl Knowledge {
 
     /// The migration of that UID.
     pub fn migration(&self, uid: &str) -> Option<Arc<VirtualMachineInstanceMigration>> {
-        self.migrations.find(|migration| migration.metadata.uid.as_deref() == Some(uid))
+        self.migrations_by.of_uid(uid)
     }
 
     /// The target pods of the migrations of the VM of that name.
     pub fn pods_of(&self, namespace: &str, name: &str) -> Vec<Arc<Pod>> {
-        let of_vm = |pod: &Pod| hold::vmi_of(pod).unwrap_or_default() == name;
-        self.pods.state_filter(|pod| pod.metadata.namespace.as_deref() == Some(namespace) && of_vm(pod))
+        self.pods_by.of_vm(namespace, name)
     }
 
     /// Which dry run is wanted for a VM of which this should be asked.
@@ -277,97 +259,32 @@ impl Knowledge {
         dry_run::wish(&case, busy)
     }
 
-    /// A migration that there is, as a candidate. `pod`: its target pod.
-    pub fn candidate<'a>(&self, migration: &'a VirtualMachineInstanceMigration, pod: Option<&'a Pod>) -> Candidate<'a> {
-        let namespace = migration.metadata.namespace.as_deref().unwrap_or_default();
-        Candidate { stage: Stage::Admitted, pod, ..self.request(namespace, migration) }
-    }
-
-    /// A migration that is asked for.
-    pub fn request<'a>(&self, namespace: &'a str, migration: &'a VirtualMachineInstanceMigration) -> Candidate<'a> {
-        let vmi_name = &migration.spec.vmi_name;
-        let origin = Origin::of(migration, self.vmi(namespace, vmi_name).as_deref());
-        let leaves_cluster = migration.spec.send_to.is_some();
-        Candidate { namespace, vmi_name, leaves_cluster, origin, stage: Stage::Request, pod: None }
-    }
-
-    /// Allow, warn, hold or deny, from what is known now.
-    pub fn judge(&self, candidate: Candidate<'_>, now: Timestamp) -> Judgement {
-        let Candidate { namespace, vmi_name, leaves_cluster, origin, stage, pod } = candidate;
-        let vmi = self.vmi(namespace, vmi_name);
-        let policy = vmi.as_deref().and_then(|vmi| self.policy(vmi));
-        let present = vmi.as_deref().and_then(|vmi| match self.desired(vmi, policy.as_deref()) {
-            Desired::Ask(spec) => Some(spec),
-            Desired::Wait | Desired::Nothing => None,
-        });
-        let forecast = self.forecast(namespace, vmi_name);
-        let overrides = self.overrides.state_filter(|one| {
-            one.spec.vmi_name == vmi_name && one.metadata.namespace.as_deref() == Some(namespace) && one.is_in_force(now)
-        });
-        let overridden = migration_override::in_force(overrides, now);
-        let decision = decision::decide(&Input {
-            vm: &format!("{namespace}/{vmi_name}"),
-            forecast: forecast.as_deref(),
-            present: present.as_deref(),
-            leaves_cluster,
-            now,
-            policy: policy.as_deref(),
-            origin,
-            overridden: overridden.as_deref(),
-            room: self.room(policy.as_deref(), origin, forecast.as_deref(), pod, now),
-            stage,
-        });
-        Judgement { decision, forecast }
-    }
-
-    /// Is there room to hold one more migration, or to go on holding this one? The watch lags behind the gates that replicas put on at the
-    /// same time: a few more than the policy says may be held for a moment.
-    fn room(
-        &self,
-        policy: Option<&PredictionPolicy>,
-        origin: Origin,
-        forecast: Option<&MigrationForecast>,
-        pod: Option<&Pod>,
-        now: Timestamp,
-    ) -> Room {
-        let limits = policy.and_then(|policy| policy.spec.hold).unwrap_or_default();
-        match pod {
-            Some(pod) if hold::is_gated(pod) => {
-                let lenient = policy.is_some_and(|policy| policy.spec.evacuations == Evacuations::Warn) && origin.is_kubevirts();
-                let mut deadline = if lenient { limits.deadline.0.min(hold::DRAINS) } else { limits.deadline.0 };
-                if forecast.is_some_and(hold::waits_to_begin) {
-                    deadline = deadline.min(hold::BEGINNING);
-                }
-                return if hold::held_for(pod, now) < deadline { Room::Free } else { Room::OutOfTime };
-            }
-            // It goes its way: a gate is put on at a pod's creation or never.
-            Some(_) => return Room::Passed,
-            None => {}
-        }
-        if !self.is_managed() {
-            return Room::NoManager;
-        }
-        if u64::try_from(self.held()).is_ok_and(|held| held < limits.at_once) { Room::Free } else { Room::Full }
-    }
-
-    /// How many migrations are held. A pod that merely says it is one of theirs takes nobody's place: whoever may make pods could make many.
-    fn held(&self) -> usize {
-        let gated = self.pods.state_filter(hold::is_gated);
-        let gated: HashSet<_> =
-            gated.iter().filter_map(|pod| Some((pod.metadata.namespace.as_deref()?, hold::migration_of(pod)?))).collect();
-        if gated.is_empty() {
-            return 0;
-        }
-        let is_held = |migration: &VirtualMachineInstanceMigration| {
-            let (namespace, uid) = (migration.metadata.namespace.as_deref(), migration.metadata.uid.as_deref());
-            migration.is_under_way() && namespace.zip(uid).is_some_and(|key| gated.contains(&key))
-        };
-        self.migrations.state_filter(is_held).len()
-    }
-
     /// The labels of a VM's namespace.
     pub fn namespace_labels(&self, vmi: &VirtualMachineInstance) -> BTreeMap<String, String> {
         let name = vmi.metadata.namespace.as_deref().unwrap_or_default();
         self.namespaces.get(&ObjectRef::new(name)).map(|namespace| namespace.labels().clone()).unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use kube::runtime::watcher::Event;
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn virt_controller_is_where_kubevirt_is_or_who_it_is_said_to_be() {
+        let (knowledge, mut feeds) = Knowledge::new();
+        let account = |namespace: &str| format!("system:serviceaccount:{namespace}:kubevirt-controller");
+        assert!(knowledge.is_kubevirt(&account("kubevirt")), "no KubeVirt CR has been seen");
+        let cr = json!({ "metadata": { "name": "cnv", "namespace": "openshift-cnv" } });
+        feeds.kubevirts.apply_watcher_event(&Event::Init);
+        feeds.kubevirts.apply_watcher_event(&Event::InitApply(serde_json::from_value(cr).unwrap()));
+        feeds.kubevirts.apply_watcher_event(&Event::InitDone);
+        assert!(knowledge.is_kubevirt(&account("openshift-cnv")) && !knowledge.is_kubevirt(&account("kubevirt")));
+        let told = knowledge.with_kubevirt_as("virt@example.org");
+        assert!(told.is_kubevirt("virt@example.org") && !told.is_kubevirt(&account("openshift-cnv")));
     }
 }

@@ -167,7 +167,7 @@ pub fn truth<'a>(
 }
 
 /// Was it plain pre-copy under the configuration that was foretold? One that was forced was not, nor is the end of one that was
-/// switched to post-copy or paused.
+/// switched to post-copy or paused. (Nor was one whose guest was throttled: of that QEMU tells.)
 fn is_plain(state: &MigrationState) -> bool {
     matches!(state.mode.as_str(), "" | "PreCopy") && !state.migration_policy_name.starts_with(FORCE_PREFIX)
 }
@@ -198,7 +198,8 @@ pub fn outcome(
     let told = foretold.as_ref().filter(|forecast| forecast.verdict != Verdict::Fails);
     let (told_total, told_downtime) = (told.map(|told| told.total_ms), told.and_then(|told| told.downtime_ms));
     let told_pages = told.map(|told| told.dirtied_pages);
-    let comparable = succeeded && state.is_none_or(is_plain);
+    let throttled = truth.is_some_and(|truth| truth.throttle_percent.is_some());
+    let comparable = succeeded && !throttled && state.is_none_or(is_plain);
     let error = |told: Option<f64>, real: Option<f64>| {
         let error = told.zip(real).filter(|(_, real)| comparable && *real > 0.0).map(|(told, real)| (told - real) / real);
         error.filter(|error| error.is_finite()).map(|error| (error * 1e4).round() / 1e4)

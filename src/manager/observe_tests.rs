@@ -125,6 +125,9 @@ fn a_migration_that_was_not_the_one_foretold_is_no_error_of_the_forecast() {
         assert!(outcome.total_time.is_some() && outcome.forecast_total_time.is_some(), "{state}");
         assert_eq!((outcome.relative_error, outcome.downtime_error, outcome.pages_error), (None, None, None), "{state}");
     }
+    let throttled = outcome(&migration(&json!({})), None, Some(&told_by_qemu(&json!({ "throttlePercent": 20 }))));
+    assert!(throttled.total_time.is_some() && throttled.pages.is_some());
+    assert_eq!((throttled.relative_error, throttled.downtime_error, throttled.pages_error), (None, None, None));
     let theirs = json!({ "status": { "migrationState": { "migrationPolicyName": "gold", "mode": "PreCopy" } } });
     assert!(outcome(&migration(&theirs), None, Some(&told_by_qemu(&json!({})))).relative_error.is_some());
 }

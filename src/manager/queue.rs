@@ -47,7 +47,7 @@ impl Queue {
         Some(key)
     }
 
-    /// The work on a key ended. After a failure it comes again after a pause, each time a longer one.
+    /// The work on a key ended; it comes again after so long at the latest. After a failure it comes again after a pause, each time a longer one.
     pub(super) fn done(&mut self, key: Key, worked: bool, again: Option<Duration>, now: Instant) {
         self.busy.remove(&key);
         if worked {
@@ -57,7 +57,8 @@ impl Queue {
             }
         } else {
             let failures = self.failures.entry(key.clone()).or_default();
-            let pause = FIRST_PAUSE.saturating_mul(1 << (*failures).min(6)).min(LONGEST_PAUSE);
+            let pause =
+                FIRST_PAUSE.saturating_mul(1 << (*failures).min(6)).min(again.unwrap_or(LONGEST_PAUSE)).min(LONGEST_PAUSE);
             *failures = failures.saturating_add(1);
             self.add(key, now + pause);
         }
@@ -118,6 +119,18 @@ mod tests {
         assert_eq!(queue.take(now), Some(key("a")));
         queue.done(key("a"), false, None, now);
         assert_eq!(queue.next(), Some(now + Duration::from_secs(1)), "success forgives");
+    }
+
+    #[test]
+    fn what_is_held_is_looked_at_soon_whatever_fails() {
+        let (mut queue, mut now) = (Queue::default(), Instant::now());
+        queue.add(key("a"), now);
+        for pause in [1, 2, 4, 5, 5, 5] {
+            assert_eq!(queue.take(now), Some(key("a")));
+            queue.done(key("a"), false, Some(Duration::from_secs(5)), now);
+            assert_eq!(queue.next(), Some(now + Duration::from_secs(pause)));
+            now += Duration::from_secs(pause);
+        }
     }
 
     #[test]

@@ -21,7 +21,7 @@ use serde::de::DeserializeOwned;
 use tokio::sync::mpsc::UnboundedSender;
 use tracing::warn;
 
-use super::{force, hold, knowledge::Feeds, metrics::ManagerMetrics};
+use super::{force, hold, index::Sink, knowledge::Feeds, metrics::ManagerMetrics};
 use crate::api::{
     MigrationForecast, MigrationOverride, MigrationPlan, PredictionPolicy,
     kubevirt::{KubeVirt, MigrationPolicy, VirtualMachineInstance, VirtualMachineInstanceMigration},
@@ -42,12 +42,19 @@ pub struct Key {
 pub enum Change {
     /// This one.
     One(Key),
+    /// All of this namespace: its labels changed.
+    Namespace(String),
     /// Every one: a policy or the configuration changed, or a watch started anew.
     All,
 }
 
-fn one(namespace: Option<String>, name: String) -> Change {
-    Change::One(Key { namespace: namespace.unwrap_or_default(), name })
+fn one(namespace: Option<String>, name: String) -> Option<Change> {
+    Some(Change::One(Key { namespace: namespace.unwrap_or_default(), name }))
+}
+
+/// Every one, where what is read of an object is not what it was. (Others write their part of it, some of them every few seconds.)
+fn all_where<T: PartialEq>(before: Option<&T>, now: &T) -> Option<Change> {
+    (before != Some(now)).then_some(Change::All)
 }
 
 /// Watches everything, for ever.
@@ -55,20 +62,23 @@ pub(super) async fn all(client: &Client, feeds: Feeds, metrics: &ManagerMetrics,
     let Feeds { vmis, migrations, forecasts, policies, overrides, pods, migration_policies, kubevirts, namespaces } = feeds;
     let watch = Watch { metrics, changes };
     tokio::join!(
-        watch.kind(Api::<DeserializeGuard<VirtualMachineInstance>>::all(client.clone()), vmis, |vmi| one(
+        watch.kind(Api::<DeserializeGuard<VirtualMachineInstance>>::all(client.clone()), vmis, |_, vmi| one(
             vmi.namespace(),
             vmi.name_any()
         )),
-        watch.kind(Api::<DeserializeGuard<VirtualMachineInstanceMigration>>::all(client.clone()), migrations, |migration| one(
-            migration.namespace(),
-            migration.spec.vmi_name.clone()
-        )),
-        watch.kind(Api::<DeserializeGuard<MigrationForecast>>::all(client.clone()), forecasts, |forecast| one(
+        watch.kind(
+            Api::<DeserializeGuard<VirtualMachineInstanceMigration>>::all(client.clone()),
+            migrations,
+            |_, migration| one(migration.namespace(), migration.spec.vmi_name.clone())
+        ),
+        watch.kind(Api::<DeserializeGuard<MigrationForecast>>::all(client.clone()), forecasts, |_, forecast| one(
             forecast.namespace(),
             forecast.name_any()
         )),
-        watch.kind(Api::<DeserializeGuard<PredictionPolicy>>::all(client.clone()), policies, |_| Change::All),
-        watch.kind(Api::<DeserializeGuard<MigrationOverride>>::all(client.clone()), overrides, |allowed| one(
+        watch.kind(Api::<DeserializeGuard<PredictionPolicy>>::all(client.clone()), policies, |before, policy| {
+            all_where(before.map(|before| &before.spec), &policy.spec)
+        }),
+        watch.kind(Api::<DeserializeGuard<MigrationOverride>>::all(client.clone()), overrides, |_, allowed| one(
             allowed.namespace(),
             allowed.spec.vmi_name.clone()
         )),
@@ -76,17 +86,22 @@ pub(super) async fn all(client: &Client, feeds: Feeds, metrics: &ManagerMetrics,
             Api::<DeserializeGuard<Pod>>::all(client.clone()),
             watcher::Config::default().labels(&hold::selector()),
             pods,
-            |pod| one(pod.namespace(), hold::vmi_of(pod).unwrap_or_default().to_owned())
+            |_, pod| one(pod.namespace(), hold::vmi_of(pod).unwrap_or_default().to_owned())
         ),
-        watch.kind(Api::<DeserializeGuard<MigrationPolicy>>::all(client.clone()), migration_policies, |policy| {
+        watch.kind(Api::<DeserializeGuard<MigrationPolicy>>::all(client.clone()), migration_policies, |before, policy| {
             // One of ours concerns one VM, and comes and goes with each migration that is forced.
             match force::vm_of(policy).filter(|_| force::is_ours(policy)) {
                 Some((namespace, name)) => one(Some(namespace.to_owned()), name.to_owned()),
-                None => Change::All,
+                None => all_where(before.map(|before| &before.spec), &policy.spec),
             }
         }),
-        watch.kind(Api::<DeserializeGuard<KubeVirt>>::all(client.clone()), kubevirts, |_| Change::All),
-        watch.kind(Api::<DeserializeGuard<Namespace>>::all(client.clone()), namespaces, |_| Change::All),
+        watch.kind(Api::<DeserializeGuard<KubeVirt>>::all(client.clone()), kubevirts, |before, kubevirt| {
+            all_where(before.map(|before| &before.spec), &kubevirt.spec)
+        }),
+        watch.kind(Api::<DeserializeGuard<Namespace>>::all(client.clone()), namespaces, |before, namespace| {
+            let same = before.is_some_and(|before| before.labels() == namespace.labels());
+            (!same).then(|| Change::Namespace(namespace.name_any()))
+        }),
     );
 }
 
@@ -100,8 +115,8 @@ pub(super) async fn for_plans(
 ) {
     let watch = Watch { metrics, changes };
     tokio::join!(
-        watch.kind(Api::<DeserializeGuard<MigrationPlan>>::all(client.clone()), plans, |plan| one(None, plan.name_any())),
-        watch.kind(Api::<DeserializeGuard<Node>>::all(client.clone()), nodes, |_| one(None, String::new())),
+        watch.kind(Api::<DeserializeGuard<MigrationPlan>>::all(client.clone()), plans, |_, plan| one(None, plan.name_any())),
+        watch.kind(Api::<DeserializeGuard<Node>>::all(client.clone()), nodes, |_, _| one(None, String::new())),
     );
 }
 
@@ -111,24 +126,27 @@ struct Watch<'a> {
 }
 
 impl Watch<'_> {
-    async fn kind<K>(&self, api: Api<DeserializeGuard<K>>, writer: Writer<K>, change: impl Fn(&K) -> Change)
+    /// `change`: which VMs an object concerns, given as it was and as it is; once it is gone, as it was.
+    async fn kind<K, S>(&self, api: Api<DeserializeGuard<K>>, sink: S, change: impl Fn(Option<&K>, &K) -> Option<Change>)
     where
         K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static,
+        S: Sink<Kind = K>,
     {
-        self.kind_of(api, watcher::Config::default(), writer, change).await;
+        self.kind_of(api, watcher::Config::default(), sink, change).await;
     }
 
-    async fn kind_of<K>(
+    async fn kind_of<K, S>(
         &self,
         api: Api<DeserializeGuard<K>>,
         config: watcher::Config,
-        writer: Writer<K>,
-        change: impl Fn(&K) -> Change,
+        sink: S,
+        change: impl Fn(Option<&K>, &K) -> Option<Change>,
     ) where
         K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static,
+        S: Sink<Kind = K>,
     {
         let kind = K::kind(&()).into_owned();
-        let mut feed = Feed { writer, kind: kind.clone(), metrics: self.metrics };
+        let mut feed = Feed { sink, kind: kind.clone(), metrics: self.metrics };
         let mut stream = pin!(watcher(api, config).default_backoff());
         let mut missing = false;
         loop {
@@ -163,39 +181,43 @@ fn is_unknown_kind(error: &watcher::Error) -> bool {
 }
 
 /// One store's writer, and what becomes of objects that cannot be read.
-struct Feed<'a, K: Resource<DynamicType = ()> + Clone + 'static> {
-    writer: Writer<K>,
+struct Feed<'a, S> {
+    sink: S,
     kind: String,
     metrics: &'a ManagerMetrics,
 }
 
-impl<K: Resource<DynamicType = ()> + Clone + 'static> Feed<'_, K> {
+impl<K: Resource<DynamicType = ()> + Clone + 'static, S: Sink<Kind = K>> Feed<'_, S> {
     /// Takes an event into the store; returns what has to be looked at again.
-    fn take(&mut self, event: watcher::Event<DeserializeGuard<K>>, change: &impl Fn(&K) -> Change) -> Option<Change> {
+    fn take(
+        &mut self,
+        event: watcher::Event<DeserializeGuard<K>>,
+        change: &impl Fn(Option<&K>, &K) -> Option<Change>,
+    ) -> Option<Change> {
         use watcher::Event::{Apply, Delete, Init, InitApply, InitDone};
         let (event, concerns) = match event {
             Init => (Init, None),
             InitDone => (InitDone, Some(Change::All)),
             InitApply(guard) => (InitApply(self.read(guard)?), None),
             Apply(guard) => {
-                let reference = reference(&guard);
+                let before = self.sink.reader().get(&reference(&guard));
                 if let Some(object) = self.read(guard) {
-                    let concerns = change(&object);
-                    (Apply(object), Some(concerns))
+                    let concerns = change(before.as_deref(), &object);
+                    (Apply(object), concerns)
                 } else {
                     // What was readable before is out of date now.
-                    let before = self.writer.as_reader().get(&reference)?;
-                    (Delete((*before).clone()), Some(change(&before)))
+                    let before = before?;
+                    (Delete((*before).clone()), change(None, &before))
                 }
             }
             Delete(guard) => {
                 let reference = reference(&guard);
-                let object = guard.0.ok().or_else(|| self.writer.as_reader().get(&reference).map(|before| (*before).clone()))?;
-                let concerns = change(&object);
-                (Delete(object), Some(concerns))
+                let object = guard.0.ok().or_else(|| self.sink.reader().get(&reference).map(|before| (*before).clone()))?;
+                let concerns = change(None, &object);
+                (Delete(object), concerns)
             }
         };
-        self.writer.apply_watcher_event(&event);
+        self.sink.apply_watcher_event(&event);
         concerns
     }
 
@@ -222,8 +244,8 @@ impl<K: Resource<DynamicType = ()> + Clone + 'static> Feed<'_, K> {
     }
 
     fn empty(&mut self) {
-        self.writer.apply_watcher_event(&watcher::Event::Init);
-        self.writer.apply_watcher_event(&watcher::Event::InitDone);
+        self.sink.apply_watcher_event(&watcher::Event::Init);
+        self.sink.apply_watcher_event(&watcher::Event::InitDone);
     }
 }
 
@@ -251,9 +273,11 @@ mod tests {
     #[test]
     fn an_odd_object_counts_as_absent_and_stalls_nothing() {
         let metrics = ManagerMetrics::new().unwrap();
-        let mut feed = Feed { writer: Writer::default(), kind: "PredictionPolicy".into(), metrics: &metrics };
-        let store = feed.writer.as_reader();
-        let change = |_: &PredictionPolicy| Change::All;
+        let mut feed = Feed { sink: Writer::<PredictionPolicy>::default(), kind: "PredictionPolicy".into(), metrics: &metrics };
+        let store = feed.sink.as_reader();
+        let change = |before: Option<&PredictionPolicy>, policy: &PredictionPolicy| {
+            all_where(before.map(|before| &before.spec), &policy.spec)
+        };
         let (good, odd) = (|| guard(&json!({ "mode": "Warn" })), || guard(&json!({ "mode": "Maybe" })));
 
         assert_eq!(feed.take(watcher::Event::Init, &change), None);
@@ -264,6 +288,8 @@ mod tests {
         assert_eq!(feed.take(watcher::Event::Apply(good()), &change), Some(Change::All));
         assert_eq!(store.len(), 1);
         assert!(store.state().iter().all(|policy| policy.managed_fields().is_empty()));
+        assert_eq!(feed.take(watcher::Event::Apply(good()), &change), None, "nothing that is read has changed");
+        assert_eq!(feed.take(watcher::Event::Apply(guard(&json!({ "mode": "Audit" }))), &change), Some(Change::All));
 
         assert_eq!(feed.take(watcher::Event::Apply(odd()), &change), Some(Change::All), "what it said before no longer holds");
         assert!(store.is_empty());

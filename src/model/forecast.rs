@@ -56,9 +56,12 @@ impl Default for HostConstants {
 #[derive(Debug, thiserror::Error, PartialEq)]
 #[error("{name} is {value}: it has to be {wanted}")]
 pub struct AbsurdConstant {
-    name: &'static str,
-    value: f64,
-    wanted: &'static str,
+    /// Its key.
+    pub name: &'static str,
+    /// What it is.
+    pub value: f64,
+    /// What it has to be.
+    pub wanted: &'static str,
 }
 
 impl HostConstants {
@@ -176,6 +179,29 @@ pub struct Forecast {
     /// What simpler models say of the same pattern.
     #[serde(default)]
     pub baselines: Vec<Baseline>,
+}
+
+impl Forecast {
+    /// The keys of its JSON. Where there is no forecast they are all there as well, and null but for the verdict.
+    pub const KEYS: [&'static str; 17] = [
+        "verdict",
+        "slaExceeded",
+        "lowConfidence",
+        "probability",
+        "method",
+        "iterations",
+        "convergenceMs",
+        "downtimeMs",
+        "totalMs",
+        "dirtiedPages",
+        "transferredBytes",
+        "leastConvergentBandwidth",
+        "cost",
+        "bounds",
+        "pattern",
+        "profile",
+        "baselines",
+    ];
 }
 
 /// Low and high ends of each figure over the replays of the more likely kind: 5 % to 95 %, all of them where an unknown phase decides.

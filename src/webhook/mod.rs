@@ -9,6 +9,7 @@ mod metrics;
 mod review;
 
 use std::{
+    collections::BTreeMap,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -28,12 +29,9 @@ use tracing::info;
 
 use self::review::{Admissible, Answer, Request};
 use crate::{
-    api::{convert, kubevirt::VirtualMachineInstanceMigration},
-    decision::Action,
-    manager::{
-        hold,
-        knowledge::{Judgement, Knowledge},
-    },
+    api::{convert, kubevirt::VirtualMachineInstanceMigration, names::annotation},
+    decision::{Action, Origin},
+    manager::{hold, judge::Judgement, knowledge::Knowledge},
     model::forecast::Verdict,
 };
 
@@ -110,11 +108,23 @@ fn mutate(admission: &Admission, request: &Request<Migration>) -> Answer {
     }
     let Some(migration) = request.object() else { return Answer::allow() };
     let annotations = match judge(admission, request) {
-        Some(Judgement { decision, forecast }) => match forecast.as_deref().and_then(|forecast| forecast.status.as_ref()) {
-            Some(status) if decision.verdict != Verdict::Unknown => convert::annotations(status),
-            _ => convert::unknown_annotations(decision.reason),
-        },
-        None => std::collections::BTreeMap::new(),
+        Some((origin, Judgement { decision, forecast })) => {
+            let mut annotations = match forecast.as_deref().and_then(|forecast| forecast.status.as_ref()) {
+                Some(status) if decision.verdict != Verdict::Unknown => convert::annotations(status),
+                _ => convert::unknown_annotations(decision.reason),
+            };
+            if !origin.is_kubevirts() && Origin::of_request(migration, None, true).is_kubevirts() {
+                info!(
+                    namespace = request.namespace(),
+                    user = request.user(),
+                    "not KubeVirt's controller (--kubevirt-controller): a migration that says it is a drain's or an update's counts as a person's"
+                );
+            }
+            // Nobody else will be told who asked.
+            annotations.insert(annotation::ORIGIN.to_owned(), origin.as_str().to_owned());
+            annotations
+        }
+        None => BTreeMap::new(),
     };
     Answer::allow().with_patch(review::annotate(migration, annotations))
 }
@@ -128,7 +138,7 @@ fn validate(admission: &Admission, request: &Request<Migration>) -> Answer {
         admission.metrics.count("Unknown", Action::AllowWithWarning, "UnreadableObject", request.is_dry_run());
         return Answer::allow().with_warning(format!("migvisor cannot read this migration and lets it pass unseen: {problem}"));
     }
-    let Some(Judgement { decision, .. }) = judge(admission, request) else { return Answer::allow() };
+    let Some((_, Judgement { decision, .. })) = judge(admission, request) else { return Answer::allow() };
     admission.metrics.count(&format!("{:?}", decision.verdict), decision.action, decision.reason, request.is_dry_run());
     match decision.action {
         Action::Allow => Answer::allow(),
@@ -146,23 +156,27 @@ fn validate(admission: &Admission, request: &Request<Migration>) -> Answer {
     }
 }
 
-/// The decision; `None` where there is nothing to decide (a migration that comes in from another cluster).
-fn judge(admission: &Admission, request: &Request<Migration>) -> Option<Judgement> {
+/// Who wants it, and the decision; `None` where there is nothing to decide (a migration that comes in from another cluster).
+fn judge(admission: &Admission, request: &Request<Migration>) -> Option<(Origin, Judgement)> {
     let migration = request.object().filter(|migration| migration.spec.receive.is_none())?;
-    let candidate = admission.knowledge.request(request.namespace(), migration);
-    Some(admission.knowledge.judge(candidate, (admission.clock)()))
+    let candidate = admission.knowledge.request(request.namespace(), migration, request.user());
+    Some((candidate.origin, admission.knowledge.judge(candidate, (admission.clock)())))
 }
 
 /// Holds a target pod: decided anew, from what is known now. A decision that has turned to a denial holds it as well, for the manager to
-/// abandon the migration before anything is sent.
+/// abandon the migration before anything is sent. Target pods are KubeVirt's to make: on anybody else's our gate is taken off.
 fn gate(admission: &Admission, request: &Request<Pod>) -> Answer {
     let Some(pod) = request.object().filter(|_| request.is_create()) else { return Answer::allow() };
+    if !admission.knowledge.is_kubevirt(request.user()) {
+        return Answer::allow().with_patch(review::ungate(pod));
+    }
     // Hotplug attachment pods and pods of other clusters' migrations are nobody's here.
     let Some(migration) = hold::migration_of(pod).and_then(|uid| admission.knowledge.migration(uid)) else {
         return Answer::allow();
     };
-    let is_its_own = migration.metadata.namespace.as_deref() == Some(request.namespace())
-        && hold::vmi_of(pod) == Some(migration.spec.vmi_name.as_str());
+    let here = migration.metadata.namespace.as_deref() == Some(request.namespace());
+    let vmi = admission.knowledge.vmi(request.namespace(), &migration.spec.vmi_name);
+    let is_its_own = here && vmi.is_some_and(|vmi| hold::is_its_own(pod, &migration, &vmi));
     if !migration.is_under_way() || !is_its_own || hold::is_gated(pod) {
         return Answer::allow();
     }

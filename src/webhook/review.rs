@@ -203,6 +203,15 @@ pub(super) fn annotate(migration: &VirtualMachineInstanceMigration, ours: BTreeM
     Patch(patch)
 }
 
+/// The patch that takes our gate off a pod that is being made.
+pub(super) fn ungate(pod: &Pod) -> Patch {
+    let gates = pod.spec.as_ref().and_then(|spec| spec.scheduling_gates.as_deref()).unwrap_or_default();
+    // From the end: what is removed moves the rest up.
+    let ours = gates.iter().enumerate().rev().filter(|(_, gate)| gate.name == names::GATE);
+    let at = |index: usize| PointerBuf::from_tokens(["spec", "schedulingGates", &index.to_string()]);
+    Patch(ours.map(|(index, _)| PatchOperation::Remove(RemoveOperation { path: at(index) })).collect())
+}
+
 /// The patch that puts our gate on a pod.
 pub(super) fn gate(pod: &Pod) -> Patch {
     let gate = json!({ "name": names::GATE });

@@ -48,7 +48,20 @@ pub(crate) async fn a_workload_update_is_let_through(scene: &Scene<'_>) -> Resul
     scene.answered("wild", Verdict::Fails).await?;
     scene.patch("vmi", "wild", &json!({ "status": { "launcherContainerImageVersion": "virt-launcher:0.0.1" } })).await?;
     let made = one(scene, "wild", "kubevirt-workload-update-").await?;
+    ensure!(made.annotations().get(annotation::ORIGIN).is_some_and(|it| it == "WorkloadUpdate"), "{:?}", made.annotations());
     warned_of(scene, &made).await
+}
+
+/// A migration that says it is a drain's is believed of KubeVirt, and of nobody else.
+pub(crate) async fn only_kubevirt_is_believed_that_it_drains(scene: &Scene<'_>) -> Result<()> {
+    scene.policy("Enforce").await?;
+    scene.vm("wild", Load::Wild).await?;
+    scene.answered("wild", Verdict::Fails).await?;
+    let theirs = scene.rehearse_as_kubevirt(&evacuation(scene)).await?;
+    ensure!(theirs.success && theirs.stderr.contains("Warning: migvisor forecasts"), "{theirs:?}");
+    let somebodys = scene.rehearse(&evacuation(scene)).await?;
+    ensure!(!somebodys.success && somebodys.stderr.contains("denied the request: migvisor forecasts"), "{somebodys:?}");
+    Ok(())
 }
 
 /// Where evacuations are denied KubeVirt's is refused, each time in the same words, and nothing that we do makes it ask sooner than
@@ -100,7 +113,7 @@ fn evacuation(scene: &Scene<'_>) -> Value {
 
 /// In which words an evacuation of the wild VM is refused.
 async fn refusal(scene: &Scene<'_>) -> Result<String> {
-    let output = scene.rehearse(&evacuation(scene)).await?;
+    let output = scene.rehearse_as_kubevirt(&evacuation(scene)).await?;
     ensure!(!output.success && output.stderr.contains("denied the request: migvisor forecasts"), "{output:?}");
     Ok(output.stderr)
 }

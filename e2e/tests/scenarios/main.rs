@@ -50,6 +50,7 @@ const ALL: &[Scenario] = &[
     scenario!(drains::a_node_with_a_wild_vm_is_evacuated; DrainNodes),
     scenario!(drains::a_workload_update_is_let_through; WorkloadUpdates, WritableStatus),
     scenario!(drains::a_denied_evacuation_is_refused_and_stays_quiet),
+    scenario!(drains::only_kubevirt_is_believed_that_it_drains),
     scenario!(overrides::an_override_lets_through_and_expires),
     scenario!(overrides::an_override_is_refused_to_whom_rbac_refuses_it),
     scenario!(plan::plan_picks_what_exhaustive_search_picks),

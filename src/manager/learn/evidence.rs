@@ -3,7 +3,7 @@
 //! In: its outcome, what QEMU told of it, what KubeVirt says of its way. Out: lessons; none where something else than what is to
 //! be learned may have decided.
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::SignedDuration};
 
 use crate::{
     api::{
@@ -35,17 +35,26 @@ pub(super) fn rate(truth: &LastMigration, state: &MigrationState, cap: Bandwidth
     Some(Lesson::Rate { from: from.clone(), to: to.clone(), at, rate: sent.line_rate()? })
 }
 
+/// Where nobody has noted the end of a migration that is under way no more, it counts as if it had taken so long.
+const UNNOTED: SignedDuration = SignedDuration::from_hours(24);
+
 /// Did the other migration share a node with this one while it ran? Then neither had the line to itself. What is not known counts
-/// as shared.
-pub(super) fn is_beside(this: &MigrationState, other: &MigrationState) -> bool {
+/// as shared. `runs`: the other one is under way.
+pub(super) fn is_beside(this: &MigrationState, other: &MigrationState, runs: bool) -> bool {
     let before = |one: Option<&Time>, two: Option<&Time>| one.zip(two).is_none_or(|(one, two)| one.0 <= two.0);
     let nodes = [&this.source_node, &this.target_node];
     let at_a_node = [&other.source_node, &other.target_node].iter().any(|node| node.is_empty() || nodes.contains(node));
+    let began_long_before = || {
+        let began = other.start_timestamp.as_ref().zip(this.start_timestamp.as_ref());
+        began.is_some_and(|(other, this)| this.0.duration_since(other.0) > UNNOTED)
+    };
     other.migration_uid != this.migration_uid
         && other.start_timestamp.is_some()
         && at_a_node
         && before(other.start_timestamp.as_ref(), this.end_timestamp.as_ref())
         && before(this.start_timestamp.as_ref(), other.end_timestamp.as_ref())
+        // Else a migration whose end was lost would have its nodes teach nothing any more.
+        && (runs || other.end_timestamp.is_some() || !began_long_before())
 }
 
 /// (forecast − real) / real of each figure that can be compared.

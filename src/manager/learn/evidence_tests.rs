@@ -75,7 +75,7 @@ fn who_shares_a_node_shares_the_line() {
         for (field, value) in changes.as_object().unwrap() {
             other[field] = value.clone();
         }
-        is_beside(&this, &state(&other))
+        is_beside(&this, &state(&other), other["migrationUid"] == "runs")
     };
     assert!(!other(&json!({})), "elsewhere");
     for changes in [
@@ -87,6 +87,9 @@ fn who_shares_a_node_shares_the_line() {
         json!({ "sourceNode": "node-a", "endTimestamp": null }),
         json!({ "sourceNode": "node-a", "startTimestamp": "2026-11-22T11:55:10Z", "endTimestamp": null }),
         json!({ "sourceNode": "node-a", "startTimestamp": "2026-11-22T11:50:00Z", "endTimestamp": "2026-11-22T11:55:00Z" }),
+        // Nobody has noted its end.
+        json!({ "sourceNode": "node-a", "startTimestamp": "2026-11-21T11:55:00Z", "endTimestamp": null }),
+        json!({ "sourceNode": "node-a", "startTimestamp": "2026-11-01T00:00:00Z", "endTimestamp": null, "migrationUid": "runs" }),
     ] {
         assert!(other(&changes), "{changes}");
     }
@@ -95,6 +98,7 @@ fn who_shares_a_node_shares_the_line() {
         json!({ "sourceNode": "node-a", "startTimestamp": "2026-11-22T11:55:11Z", "endTimestamp": null }),
         json!({ "sourceNode": "node-a", "startTimestamp": "2026-11-22T11:50:00Z", "endTimestamp": "2026-11-22T11:54:59Z" }),
         json!({ "sourceNode": "node-a", "migrationUid": "u1" }),
+        json!({ "sourceNode": "node-a", "startTimestamp": "2026-11-21T11:54:59Z", "endTimestamp": null }),
     ] {
         assert!(!other(&changes), "{changes}");
     }

@@ -33,7 +33,7 @@ fn a_new_leader_asks_as_before_until_it_has_read_what_is_kept() {
     assert!(ledger.has_news() && ledger.shelf().is_none());
 
     // Learned before that was read: it counts, too.
-    ledger.learn(vec![rate("node-a", 100); 5]);
+    ledger.learn("m1", vec![rate("node-a", 100); 5]);
     assert_eq!(ledger.host("node-a", || Some(before.clone())), Some(before));
     let (shelf, book) = stored("1", "");
     ledger.open(book, shelf, NOW);
@@ -46,20 +46,23 @@ fn what_is_new_is_kept_once() {
     let (shelf, book) = stored("1", "");
     ledger.open(book, shelf.clone(), NOW);
     assert!(!ledger.has_news());
-    ledger.learn(vec![rate("node-a", 100); 5]);
+    ledger.learn("m0", Vec::new());
+    assert!(!ledger.has_news(), "what taught nothing");
+    ledger.learn("m1", vec![rate("node-a", 100); 4]);
+    ledger.learn("m2", vec![rate("node-a", 100)]);
     assert!(ledger.has_news());
-    let (text, lessons) = ledger.page(&shelf, ROOM, NOW).unwrap();
-    assert_eq!(lessons, 5);
+    let (text, migrations) = ledger.page(&shelf, ROOM, NOW).unwrap();
+    assert_eq!(migrations, 2);
     // Another lesson while that is being written.
-    ledger.learn(vec![rate("node-b", 100)]);
+    ledger.learn("m3", vec![rate("node-b", 100)]);
     let (written, _) = stored("2", &text);
-    ledger.kept(written.clone(), lessons);
+    ledger.kept(written.clone(), migrations);
     assert!(ledger.has_news(), "the other lesson is not kept yet");
-    let (text, lessons) = ledger.page(&written, ROOM, NOW).unwrap();
-    assert_eq!(lessons, 1);
+    let (text, migrations) = ledger.page(&written, ROOM, NOW).unwrap();
+    assert_eq!(migrations, 1);
     let (written, book) = stored("3", &text);
     assert_eq!(book.pairs(), 2);
-    ledger.kept(written.clone(), lessons);
+    ledger.kept(written.clone(), migrations);
     assert!(!ledger.has_news() && ledger.page(&written, ROOM, NOW).is_none());
 }
 
@@ -68,12 +71,10 @@ fn a_write_that_crossed_anothers_loses_nothing_of_either() {
     let ledger = Ledger::default();
     let (shelf, book) = stored("1", "");
     ledger.open(book, shelf, NOW);
-    ledger.learn(vec![rate("node-a", 100); 5]);
+    ledger.learn("m1", vec![rate("node-a", 100); 5]);
 
     let mut theirs = Book::default();
-    for _ in 0..5 {
-        theirs.learn(&rate("node-b", 200));
-    }
+    theirs.learn_from("m2", &vec![rate("node-b", 200); 5]);
     theirs.settle(NOW);
     let (shelf, theirs) = stored("2", &theirs.text(ROOM).unwrap());
     ledger.lost();
@@ -81,8 +82,31 @@ fn a_write_that_crossed_anothers_loses_nothing_of_either() {
     assert_eq!(line(&ledger, "node-a"), None, "nothing has come into force yet");
     ledger.open(theirs, shelf.clone(), NOW);
     assert_eq!((line(&ledger, "node-a").as_deref(), line(&ledger, "node-b").as_deref()), (Some("100Mi"), Some("200Mi")));
-    let (text, lessons) = ledger.page(&shelf, ROOM, NOW).unwrap();
-    assert_eq!((lessons, stored("3", &text).1.pairs()), (5, 2));
+    let (text, migrations) = ledger.page(&shelf, ROOM, NOW).unwrap();
+    assert_eq!((migrations, stored("3", &text).1.pairs()), (1, 2));
+}
+
+/// The API server took it and its answer was lost: the next write is on a version that is no more, and everything is read again.
+#[test]
+fn a_write_that_was_not_answered_teaches_nothing_twice() {
+    let ledger = Ledger::default();
+    let (shelf, book) = stored("1", "");
+    ledger.open(book, shelf.clone(), NOW);
+    ledger.learn("m1", vec![rate("node-a", 100); 3]);
+    let (text, _) = ledger.page(&shelf, ROOM, NOW).unwrap();
+    // Meanwhile one more has ended; then the second write meets a conflict.
+    ledger.learn("m2", vec![rate("node-a", 100)]);
+    ledger.lost();
+    let (shelf, book) = stored("2", &text);
+    ledger.open(book, shelf.clone(), NOW);
+    assert_eq!(line(&ledger, "node-a"), None, "four rates are too few; seven would not be");
+    let (text, _) = ledger.page(&shelf, ROOM, NOW).unwrap();
+    ledger.kept(stored("3", &text).0, 2);
+    assert!(!ledger.has_news());
+    ledger.learn("m3", vec![rate("node-a", 100)]);
+    let (shelf, book) = stored("4", &text);
+    ledger.open(book, shelf, NOW);
+    assert_eq!(line(&ledger, "node-a").as_deref(), Some("100Mi"), "five");
 }
 
 #[test]
@@ -90,11 +114,11 @@ fn who_no_longer_leads_knows_nothing() {
     let ledger = Ledger::default();
     let (shelf, book) = stored("1", "");
     ledger.open(book, shelf.clone(), NOW);
-    ledger.learn(vec![rate("node-a", 100); 5]);
-    let (_, lessons) = ledger.page(&shelf, ROOM, NOW).unwrap();
+    ledger.learn("m1", vec![rate("node-a", 100); 5]);
+    let (_, migrations) = ledger.page(&shelf, ROOM, NOW).unwrap();
     ledger.clear();
     // The write that was under way comes back.
-    ledger.kept(shelf, lessons);
+    ledger.kept(shelf, migrations);
     assert!(ledger.shelf().is_none());
     assert_eq!(line(&ledger, "node-a"), None);
 }

@@ -31,9 +31,9 @@ use crate::{
     },
 };
 
-/// So many lessons are remembered that are not kept yet. The book has them anyway: they are for the case that somebody else
-/// writes it.
-const FRESH: usize = 4096;
+/// So many migrations are remembered whose lessons are not kept yet. The book has them anyway: they are for the case that somebody else
+/// writes it, or that nobody says whether we did.
+const FRESH: usize = 1024;
 /// So many migrations are remembered of which QEMU throttled the guest.
 const THROTTLED: usize = 256;
 
@@ -45,8 +45,8 @@ pub(super) struct Ledger(Mutex<State>);
 struct State {
     /// `None` until what is kept has been read.
     book: Option<Book>,
-    /// Learned since the book was last written.
-    fresh: Vec<Lesson>,
+    /// Learned since the book was last written: UIDs of migrations, and what they taught.
+    fresh: Vec<(String, Vec<Lesson>)>,
     /// What is stored, as far as it is known.
     shelf: Option<Shelf>,
     /// UIDs of migrations.
@@ -68,7 +68,8 @@ impl Ledger {
         }
     }
 
-    /// Notes a migration whose guest QEMU slows down: forecasts are of migrations without.
+    /// Notes a migration whose guest QEMU slows down: forecasts are of migrations without. `lastMigration` says so, too, and outlives us; but where
+    /// QEMU is gone before it tells of the end, there is none.
     pub(super) fn note(&self, stored: &MigrationForecast) {
         let in_flight = stored.status.as_ref().and_then(|status| status.in_flight.as_ref());
         let throttled = in_flight.filter(|it| it.throttle_percent.is_some()).and_then(|it| it.migration_uid.clone());
@@ -88,14 +89,15 @@ impl Ledger {
         self.state().book.as_ref().and_then(|book| book.bias(method, Figure::TotalTime))
     }
 
-    fn learn(&self, lessons: Vec<Lesson>) {
-        let mut state = self.state();
-        for lesson in &lessons {
-            if let Some(book) = &mut state.book {
-                book.learn(lesson);
-            }
+    fn learn(&self, migration: &str, lessons: Vec<Lesson>) {
+        if lessons.is_empty() {
+            return;
         }
-        state.fresh.extend(lessons);
+        let mut state = self.state();
+        if let Some(book) = &mut state.book {
+            book.learn_from(migration, &lessons);
+        }
+        state.fresh.push((migration.to_owned(), lessons));
         let surplus = state.fresh.len().saturating_sub(FRESH);
         state.fresh.drain(..surplus);
     }
@@ -107,8 +109,9 @@ impl Ledger {
     /// Has what was read and what was learned since come into force.
     fn open(&self, mut book: Book, stored: Shelf, now: u64) {
         let mut state = self.state();
-        for lesson in &state.fresh {
-            book.learn(lesson);
+        // Some may be in it: a write of ours may have been taken that nobody answered.
+        for (migration, lessons) in &state.fresh {
+            book.learn_from(migration, lessons);
         }
         book.settle(now);
         state.book = Some(book);
@@ -127,7 +130,7 @@ impl Ledger {
         state.shelf.clone().filter(|_| state.book.is_some())
     }
 
-    /// The book as a text of at most so many bytes, if it is another one than this, and how many fresh lessons are in it.
+    /// The book as a text of at most so many bytes, if it is another one than this, and of how many migrations the fresh lessons are in it.
     fn page(&self, before: &Shelf, most: usize, now: u64) -> Option<(String, usize)> {
         let mut state = self.state();
         let book = state.book.as_mut()?;
@@ -140,14 +143,14 @@ impl Ledger {
         Some((text, state.fresh.len()))
     }
 
-    /// It was written with so many of the fresh lessons.
-    fn kept(&self, stored: Shelf, lessons: usize) {
+    /// It was written with the fresh lessons of so many migrations.
+    fn kept(&self, stored: Shelf, migrations: usize) {
         let mut state = self.state();
         // Somebody else may lead by now, and another one read it since.
         if state.shelf.is_some() {
             state.shelf = Some(stored);
-            let lessons = lessons.min(state.fresh.len());
-            state.fresh.drain(..lessons);
+            let migrations = migrations.min(state.fresh.len());
+            state.fresh.drain(..migrations);
         }
     }
 
@@ -192,17 +195,23 @@ impl Manager {
         if let Some((state, truth)) = state.zip(truth).filter(|(state, _)| self.had_the_line(state)) {
             lessons.extend(evidence::rate(truth, state, self.cap(vmi, state)));
         }
-        self.ledger.learn(lessons);
+        self.ledger.learn(&outcome.migration_uid, lessons);
         self.show();
     }
 
     /// No other migration shared one of its nodes.
     fn had_the_line(&self, state: &MigrationState) -> bool {
-        let beside = |other: Option<&MigrationState>| other.is_some_and(|other| evidence::is_beside(state, other));
         let knowledge = &self.knowledge;
-        // What has ended is told by its migration, what runs by its VM.
-        knowledge.migrations.find(|other| beside(other.status.migration_state.as_ref())).is_none()
-            && knowledge.vmis.find(|other| beside(other.status.migration_state.as_ref())).is_none()
+        let beside = |other: Option<&MigrationState>| other.is_some_and(|other| evidence::is_beside(state, other, true));
+        // What has ended is told by its migration, what runs by its VM. Whether it runs is asked once no store is being read.
+        let migrations = knowledge.migrations.state_filter(|other| beside(other.status.migration_state.as_ref()));
+        let vmis = knowledge.vmis.state_filter(|other| beside(other.status.migration_state.as_ref()));
+        let runs = |other: &MigrationState| knowledge.migration(&other.migration_uid).is_some_and(|other| other.is_under_way());
+        let states = migrations
+            .iter()
+            .map(|other| other.status.migration_state.as_ref())
+            .chain(vmis.iter().map(|other| other.status.migration_state.as_ref()));
+        !states.flatten().any(|other| evidence::is_beside(state, other, runs(other)))
     }
 
     /// QEMU's cap: as it was handed over, else as it would be now.

@@ -2,7 +2,7 @@
 //!
 //! In: the book, as it changes. Out: the book as it was kept; a write at most once a minute, and only of what is new. Whoever
 //! else writes there is not overwritten: a write is on the version that was read, and on another one everything is read again and
-//! learned anew what that did not have. What cannot be read is told of, and kept under a key of its own.
+//! learned anew what that did not have. Nor is anything learned twice: a write that nobody answered may have been taken. What cannot be read is told of, and kept under a key of its own.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -152,7 +152,7 @@ impl Manager {
             self.read(api).await?;
             return Ok(false);
         };
-        let Some((text, lessons)) = self.ledger.page(&stored, stored.room()?, now()) else {
+        let Some((text, migrations)) = self.ledger.page(&stored, stored.room()?, now()) else {
             return Ok(false);
         };
         let parameters = PatchParams { field_manager: Some(names::MANAGER.to_owned()), ..PatchParams::default() };
@@ -160,8 +160,8 @@ impl Manager {
         self.writer.count("learned", matches!(result, Ok(Ok(_))));
         match result {
             Ok(Ok(map)) => {
-                debug!(bytes = text.len(), lessons, "what was learned is kept");
-                self.ledger.kept(Shelf::read(&map).0, lessons);
+                debug!(bytes = text.len(), migrations, "what was learned is kept");
+                self.ledger.kept(Shelf::read(&map).0, migrations);
                 self.show();
                 Ok(true)
             }

@@ -78,7 +78,7 @@ impl Planner<'_> {
                 change = changes.recv() => match change {
                     None => return std::future::pending().await,
                     Some(Change::One(key)) => { due.insert(key.name, Instant::now()); }
-                    Some(Change::All) => due.clear(),
+                    Some(Change::All | Change::Namespace(_)) => due.clear(),
                 },
                 _ = tick.tick() => {}
             }

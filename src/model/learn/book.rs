@@ -26,6 +26,11 @@ pub(super) const ENOUGH: usize = 5;
 /// So many forecasts are kept of a method, for each figure.
 pub(super) const REMEMBERED: usize = 64;
 
+/// So many migrations are kept that taught something, so that none teaches twice: more than end between two writes of the book.
+pub(super) const TAUGHT: usize = 256;
+/// The length of a UID, with room to spare.
+const LONGEST_UID: usize = 64;
+
 /// Seconds. A line that looked slow once must not stay so because nobody tries it again.
 const REMEMBERED_FOR: u64 = 30 * 24 * 3600;
 /// Of the rates of a node's pairs.
@@ -52,6 +57,9 @@ pub struct Book {
     pattern_collector: Errors,
     /// Of forecasts by a dry run.
     dry_run: Errors,
+    /// UIDs of the migrations that taught last; the latest last.
+    #[serde(default)]
+    taught: Vec<String>,
 }
 
 /// When, in seconds since 1970, and how fast.
@@ -89,6 +97,7 @@ impl Default for Book {
             pairs: BTreeMap::new(),
             pattern_collector: Errors::default(),
             dry_run: Errors::default(),
+            taught: Vec::new(),
         }
     }
 }
@@ -137,6 +146,12 @@ impl Book {
                 return absurd(format!("a forecast that is off by e^{off}"));
             }
         }
+        if self.taught.len() > TAUGHT {
+            return absurd(format!("{} migrations that taught last", self.taught.len()));
+        }
+        if let Some(uid) = self.taught.iter().find(|uid| uid.is_empty() || uid.len() > LONGEST_UID) {
+            return absurd(format!("a migration's UID of {} bytes", uid.len()));
+        }
         Ok(())
     }
 
@@ -167,8 +182,23 @@ impl Book {
         }
     }
 
+    /// Takes in what a migration, by its UID, has taught. Once: whoever cannot tell whether it is in already may try again.
+    pub fn learn_from(&mut self, migration: &str, lessons: &[Lesson]) {
+        let named = (1..=LONGEST_UID).contains(&migration.len());
+        if named && self.taught.iter().any(|uid| uid == migration) {
+            return;
+        }
+        for lesson in lessons {
+            self.learn(lesson);
+        }
+        if named && !lessons.is_empty() {
+            self.taught.push(migration.to_owned());
+            keep_last(&mut self.taught, TAUGHT);
+        }
+    }
+
     /// Takes a lesson in.
-    pub fn learn(&mut self, lesson: &Lesson) {
+    pub(super) fn learn(&mut self, lesson: &Lesson) {
         match lesson {
             Lesson::Rate { from, to, at, rate } => {
                 let seen = self.pairs.entry(from.clone()).or_default().entry(to.clone()).or_default();

@@ -4,7 +4,7 @@
 use proptest::prelude::*;
 
 use super::{
-    book::{ENOUGH, REMEMBERED, WINDOW},
+    book::{ENOUGH, REMEMBERED, TAUGHT, WINDOW},
     *,
 };
 
@@ -72,6 +72,37 @@ fn a_few_observations_swing_nothing() {
     assert_eq!(learned(&[100, 100, 100, 100, 100, 900, 900, 900, 900]), Some(100));
     assert_eq!(learned(&[100, 100, 100, 100, 5, 5, 5, 5, 5]), Some(5), "the line has become slow");
     assert_eq!(learned(&[5, 5, 5, 5, 5, 5, 5, 5, 5, 100, 100, 100, 100, 100]), Some(100), "and fast again: the last nine count");
+}
+
+#[test]
+fn no_migration_teaches_twice() {
+    let mut book = Book::default();
+    for _ in 0..ENOUGH {
+        book.learn_from("m", &[rate("a", "b", NOW, 100)]);
+    }
+    book.settle(NOW);
+    assert_eq!(in_mib(&book, "a"), None, "once");
+    let mut book = Book::read(&book.text(usize::MAX).unwrap()).unwrap();
+    book.learn_from("m", &vec![rate("a", "b", NOW, 100); ENOUGH]);
+    book.settle(NOW);
+    assert_eq!(in_mib(&book, "a"), None, "nor after a restart");
+    // Those without a name are not told apart, and those that taught nothing take no place.
+    for _ in 1..ENOUGH {
+        book.learn_from("", &[rate("a", "b", NOW, 100)]);
+        book.learn_from("idle", &[]);
+    }
+    book.settle(NOW);
+    assert_eq!(in_mib(&book, "a"), Some(100));
+    assert!(!book.text(usize::MAX).unwrap().contains("idle"));
+    for migration in 0..=TAUGHT {
+        book.learn_from(&format!("m{migration}"), &[rate("a", "b", NOW, 100)]);
+    }
+    let text = book.text(usize::MAX).unwrap();
+    assert!(!text.contains("\"m0\"") && text.contains("\"m1\""), "it is bounded");
+    assert_eq!(Book::read(&text).unwrap(), book);
+    // What was kept before migrations were noted is read.
+    let before = Book::default().text(usize::MAX).unwrap().replace(",\"taught\":[]", "");
+    assert_eq!(Book::read(&before).unwrap(), Book::default());
 }
 
 #[test]
@@ -174,6 +205,7 @@ fn a_book_outlives_a_restart_and_reads_nothing_else() {
         (text.replace(&(100 * MIB).to_string(), "7"), "a line that carries 7 B/s"),
         (text.replace("0.4055", "1e9"), "off by e^1000000000"),
         (text.replace("\"pages\":[]", "\"pages\":[null]"), "invalid type: null"),
+        (text.replace("\"taught\":[]", "\"taught\":[\"\"]"), "a migration's UID of 0 bytes"),
         (text.chars().take(40).collect(), "EOF"),
     ] {
         let error = Book::read(&odd).unwrap_err().to_string();
