@@ -127,9 +127,10 @@ impl Knowledge {
         let gated = self.pods.state_filter(hold::is_gated);
         let held = gated.iter().filter_map(|pod| {
             let migration = self.migration(hold::migration_of(pod)?).filter(|migration| migration.is_under_way())?;
-            let namespace = pod.metadata.namespace.as_ref().filter(|here| migration.metadata.namespace.as_ref() == Some(here))?;
+            let namespace =
+                migration.metadata.namespace.as_deref().filter(|here| pod.metadata.namespace.as_deref() == Some(*here))?;
             let vmi = self.vmi(namespace, &migration.spec.vmi_name)?;
-            if hold::is_its_own(pod, &migration, &vmi) { migration.metadata.uid.clone() } else { None }
+            hold::is_its_own(pod, &migration, &vmi).then(|| migration.metadata.uid.clone())
         });
         held.collect::<HashSet<_>>().len()
     }

@@ -16,6 +16,7 @@
 
 pub mod cpus;
 pub mod dirty_rate;
+mod error;
 mod event;
 pub mod libvirt;
 mod lines;

@@ -2,7 +2,8 @@
 //!
 //! In: the book, as it changes. Out: the book as it was kept; a write at most once a minute, and only of what is new. Whoever
 //! else writes there is not overwritten: a write is on the version that was read, and on another one everything is read again and
-//! learned anew what that did not have. Nor is anything learned twice: a write that nobody answered may have been taken. What cannot be read is told of, and kept under a key of its own.
+//! learned anew what that did not have. Nor is anything learned twice: a write that nobody answered may have been taken. What cannot be
+//! read is told of, and kept under a key of its own.
 
 use std::{collections::BTreeMap, time::Duration};
 
