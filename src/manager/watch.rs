@@ -48,6 +48,7 @@ pub enum Change {
     All,
 }
 
+#[expect(clippy::unnecessary_wraps, reason = "as what tells of a change gives it")]
 fn one(namespace: Option<String>, name: String) -> Option<Change> {
     Some(Change::One(Key { namespace: namespace.unwrap_or_default(), name }))
 }
