@@ -142,7 +142,7 @@ pub enum Desired {
     Nothing,
 }
 
-/// What should be asked about this VM now. `learned`: of the node that it is on; the policy may have it ignored.
+/// What should be asked about this VM now. `learned`: of the node that it is on; the line of it counts only where the policy says so.
 pub fn desired(
     vmi: &VirtualMachineInstance,
     effective: &Effective,
@@ -163,8 +163,10 @@ pub fn desired(
         return Desired::Wait;
     };
     let spec = policy.map(|policy| &policy.spec);
-    let learned = learned.filter(|_| spec.is_some_and(|spec| spec.learned_bandwidth == LearnedBandwidth::Use));
-    let (bandwidth, bandwidth_source) = achievable(offered(effective, policy), learned);
+    let uses_line = spec.is_some_and(|spec| spec.learned_bandwidth == LearnedBandwidth::Use);
+    let learned = learned.map(|host| HostConstants { line_rate: host.line_rate.clone().filter(|_| uses_line), ..host.clone() });
+    let learned = learned.filter(|host| *host != HostConstants::default());
+    let (bandwidth, bandwidth_source) = achievable(offered(effective, policy), learned.as_ref());
     Desired::Ask(Box::new(MigrationForecastSpec {
         node_name: vmi.status.node_name.clone(),
         pod_uid: pod_uid.to_owned(),
@@ -175,7 +177,7 @@ pub fn desired(
         time_budget: time_budget(effective.completion_timeout_per_gib, guest_memory).map(Into::into),
         sla: spec.and_then(|spec| spec.sla),
         cost_weights: spec.and_then(|spec| spec.cost_weights),
-        host: learned.cloned(),
+        host: learned,
         policy: policy.map(ResourceExt::name_any),
         when_budget_ends: effective.when_budget_ends,
         auto_converge: effective.auto_converge,

@@ -148,6 +148,11 @@ fn no_more_is_counted_on_than_was_achieved_before() {
     for policy in [None, Some(&ignoring)] {
         let spec = asked(desired(&vmi(&json!({})), &open, policy, Some(&line("100Mi"))));
         assert_eq!((spec.bandwidth.0.as_str(), spec.bandwidth_source, spec.host), ("0", BandwidthSource::Unlimited, None));
+        // What a hand-over takes is no promise of a line: it counts in any case.
+        let hand_over = HostConstants { completion_ms: Some(39.0), ..HostConstants::default() };
+        let both = HostConstants { completion_ms: Some(39.0), ..line("100Mi") };
+        let spec = asked(desired(&vmi(&json!({})), &open, policy, Some(&both)));
+        assert_eq!((spec.bandwidth.0.as_str(), spec.host), ("0", Some(hand_over)));
     }
 }
 

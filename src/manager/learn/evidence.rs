@@ -7,10 +7,12 @@ use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::SignedDuration}
 
 use crate::{
     api::{
+        forecast::HostConstants,
         kubevirt::MigrationState,
         migration::{LastMigration, Outcome},
     },
     model::{
+        forecast::{self as model, Method},
         learn::{Figure, Lesson, Transfer},
         units::{Bandwidth, Bytes},
     },
@@ -82,6 +84,15 @@ pub(super) fn off(outcome: &Outcome) -> Vec<Lesson> {
         Lesson::error(method, figure, real, forecast)
     };
     errors(outcome).filter_map(lesson).collect()
+}
+
+/// What the hand-over took, by a forecast of the pattern: a dry run hands nothing over. `host`: what the question had for it.
+pub(super) fn switchover(outcome: &Outcome, host: Option<&HostConstants>) -> Option<Lesson> {
+    // As QEMU told, and comparable.
+    let comparable = outcome.pages.is_some() && outcome.downtime_error.is_some();
+    outcome.method.filter(|method| comparable && *method == Method::PatternCollector)?;
+    let assumed = host.and_then(|host| host.completion_ms).unwrap_or_else(|| model::HostConstants::default().completion_ms);
+    Lesson::switchover(outcome.downtime?.as_ms(), outcome.forecast_downtime?.as_ms(), assumed)
 }
 
 #[cfg(test)]

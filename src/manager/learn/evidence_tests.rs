@@ -147,3 +147,28 @@ fn only_what_qemu_told_is_held_against_the_method() {
         assert!(off(&outcome(&changes)).is_empty(), "{changes}");
     }
 }
+
+#[test]
+fn the_hand_over_is_learned_of_forecasts_by_the_pattern_that_qemu_answered() {
+    let outcome = |changes: &Value| -> Outcome {
+        let mut outcome = json!({
+            "migrationName": "m1", "migrationUID": "u1", "phase": "Succeeded", "verdict": "Converges", "method": "PC",
+            "downtime": "45ms", "forecastDowntime": "11ms", "downtimeError": -0.75, "pages": 1000
+        });
+        json_patch::merge(&mut outcome, changes);
+        serde_json::from_value(outcome).unwrap()
+    };
+    let all = outcome(&json!({}));
+    assert_eq!(switchover(&all, None), Some(Lesson::Switchover { ms: 39.0 }), "5 ms are assumed where nothing is asked");
+    let asked = HostConstants { completion_ms: Some(20.0), ..HostConstants::default() };
+    assert_eq!(switchover(&all, Some(&asked)), Some(Lesson::Switchover { ms: 54.0 }));
+    for changes in [
+        json!({ "method": "DR" }),
+        json!({ "method": null }),
+        json!({ "pages": null }),
+        json!({ "downtimeError": null }),
+        json!({ "forecastDowntime": null }),
+    ] {
+        assert_eq!(switchover(&outcome(&changes), None), None, "{changes}");
+    }
+}

@@ -1,6 +1,6 @@
-//! Learns from migrations that have ended: how far off their forecasts were, and what the line from a node carries.
+//! Learns from migrations that have ended: how far off their forecasts were, what the line from a node carries, what a hand-over takes.
 //!
-//! In: outcomes, as they are recorded. Out: metrics; line rates, by which later questions go; a ConfigMap in which what was
+//! In: outcomes, as they are recorded. Out: metrics; line rates and the switchover, by which later questions go; a ConfigMap in which what was
 //! learned outlives the leader. Only the leader learns: what the others have to know of it is in the questions that it asks.
 //!
 //! | module | what |
@@ -58,13 +58,17 @@ impl Ledger {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What is known of the line from a node. `otherwise`: for as long as what is kept has not been read, so that a new leader
+    /// What is known of the line from a node, and of the hand-over. `otherwise`: for as long as what is kept has not been read, so that a new leader
     /// does not ask everybody anew.
     pub(super) fn host(&self, node: &str, otherwise: impl FnOnce() -> Option<HostConstants>) -> Option<HostConstants> {
-        let known = self.state().book.as_ref().map(|book| book.line_rate(node));
+        let known = self.state().book.as_ref().map(|book| HostConstants {
+            line_rate: book.line_rate(node).map(Into::into),
+            completion_ms: book.switchover(),
+            ..HostConstants::default()
+        });
         match known {
             None => otherwise(),
-            Some(line) => line.map(|line| HostConstants { line_rate: Some(line.into()), ..HostConstants::default() }),
+            Some(known) => Some(known).filter(|known| *known != HostConstants::default()),
         }
     }
 
@@ -191,6 +195,7 @@ impl Manager {
             self.metrics.forecast_error.with_label_values(&[method, figure.as_str(), &verdict]).observe(error.abs());
         }
         let mut lessons = evidence::off(outcome);
+        lessons.extend(evidence::switchover(outcome, stored.spec.host.as_ref()));
         let (state, truth) = (observe::state(migration, Some(vmi)), observe::truth(migration, Some(stored)));
         if let Some((state, truth)) = state.zip(truth).filter(|(state, _)| self.had_the_line(state)) {
             lessons.extend(evidence::rate(truth, state, self.cap(vmi, state)));

@@ -1,12 +1,13 @@
 //! What has been learned, as far as it is remembered: the statistics, and the text in which it outlives a restart.
 //!
-//! In: [`Lesson`]s and the time, or a text. Out: line rates and biases, a text of bounded size.
+//! In: [`Lesson`]s and the time, or a text. Out: line rates, the switchover, biases, a text of bounded size.
 //!
 //! | what | statistics |
 //! |---|---|
 //! | rate of a pair of nodes | median of its last [`WINDOW`] rates of the last 30 days, from [`ENOUGH`] on |
 //! | rate from a node | the 10 % quantile of its pairs' rates, rounded down: of up to ten pairs the least |
 //! | rate in force | that, rounded down to whole MiB/s; another one only once it is off by more than 10 % |
+//! | switchover | median of what the last [`SWITCHOVERS`] hand-overs took, in whole ms, from [`ENOUGH`] on; another one only once it is off by more than 10 % and 2 ms |
 //! | bias of a method | median of ln(real / forecast) of the last [`REMEMBERED`], from [`ENOUGH`] on; it corrects nothing |
 //!
 //! Four odd rates in nine move a median no further than to the nearest of the others. Pairs with too few rates count together as
@@ -16,13 +17,15 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Figure, Lesson, is_a_line, whole};
+use super::{Figure, LONGEST_SWITCHOVER, Lesson, is_a_line, whole};
 use crate::model::{forecast::Method, units::BytesPerSecond};
 
 /// So many rates are kept of a pair of nodes.
 pub(super) const WINDOW: usize = 9;
 /// Fewer than this are no statistics.
 pub(super) const ENOUGH: usize = 5;
+/// So many hand-overs are kept.
+pub(super) const SWITCHOVERS: usize = 15;
 /// So many forecasts are kept of a method, for each figure.
 pub(super) const REMEMBERED: usize = 64;
 
@@ -37,6 +40,8 @@ const REMEMBERED_FOR: u64 = 30 * 24 * 3600;
 const LOW: f64 = 0.1;
 /// A rate in force that is off by less stays: every VM of the node would have to be asked anew.
 const WORTH: f64 = 0.1;
+/// ms. A switchover in force that is off by less stays.
+const WORTH_MS: f64 = 2.0;
 /// ln(real / forecast) beyond this is no measure of anything: a factor of a thousand.
 const FURTHEST: f64 = 6.9;
 /// The length of a node's name in Kubernetes.
@@ -57,6 +62,12 @@ pub struct Book {
     pattern_collector: Errors,
     /// Of forecasts by a dry run.
     dry_run: Errors,
+    /// What a hand-over takes, as forecasts go by it, ms.
+    #[serde(default)]
+    switchover: Option<f64>,
+    /// What hand-overs took, ms; the latest last.
+    #[serde(default)]
+    switchovers: Vec<f64>,
     /// UIDs of the migrations that taught last; the latest last.
     #[serde(default)]
     taught: Vec<String>,
@@ -97,6 +108,8 @@ impl Default for Book {
             pairs: BTreeMap::new(),
             pattern_collector: Errors::default(),
             dry_run: Errors::default(),
+            switchover: None,
+            switchovers: Vec::new(),
             taught: Vec::new(),
         }
     }
@@ -145,6 +158,12 @@ impl Book {
             if let Some(off) = errors.iter().find(|off| !(-FURTHEST..=FURTHEST).contains(*off)) {
                 return absurd(format!("a forecast that is off by e^{off}"));
             }
+        }
+        if self.switchovers.len() > SWITCHOVERS {
+            return absurd(format!("{} hand-overs", self.switchovers.len()));
+        }
+        if let Some(ms) = self.switchover.iter().chain(&self.switchovers).find(|ms| !(0.0..=LONGEST_SWITCHOVER).contains(*ms)) {
+            return absurd(format!("a hand-over of {ms} ms"));
         }
         if self.taught.len() > TAUGHT {
             return absurd(format!("{} migrations that taught last", self.taught.len()));
@@ -218,6 +237,10 @@ impl Book {
                 of_figure.push(round(off.clamp(-FURTHEST, FURTHEST)));
                 keep_last(of_figure, REMEMBERED);
             }
+            Lesson::Switchover { ms } => {
+                self.switchovers.push(round(ms.clamp(0.0, LONGEST_SWITCHOVER)));
+                keep_last(&mut self.switchovers, SWITCHOVERS);
+            }
         }
     }
 
@@ -233,6 +256,10 @@ impl Book {
             Some((node.clone(), in_force(self.in_force.get(node).copied(), rate)))
         });
         self.in_force = known.collect();
+        if let Some(ms) = median(self.switchovers.clone()).filter(|_| self.switchovers.len() >= ENOUGH) {
+            let stays = self.switchover.is_some_and(|before| (ms - before).abs() <= (before * WORTH).max(WORTH_MS));
+            self.switchover = if stays { self.switchover } else { Some(ms.round()) };
+        }
     }
 
     /// Without what is empty, and without rates that nothing is known of any more.
@@ -248,6 +275,11 @@ impl Book {
     /// What the line from a node carries, as forecasts should go by it.
     pub fn line_rate(&self, node: &str) -> Option<BytesPerSecond> {
         self.in_force.get(node).copied()
+    }
+
+    /// What a hand-over takes, as forecasts should go by it, ms.
+    pub fn switchover(&self) -> Option<f64> {
+        self.switchover
     }
 
     /// How many pairs of nodes something is known of.

@@ -1,4 +1,4 @@
-//! What past migrations teach: how fast the line from a node is, and how far forecasts are off. Pure.
+//! What past migrations teach: how fast the line from a node is, how long a hand-over takes, and how far forecasts are off. Pure.
 //!
 //! In: what a migration has sent, or a forecast beside what it really was. Out: [`Lesson`]s, and the [`Book`] that holds them.
 //!
@@ -23,6 +23,8 @@ const SHORTEST: Duration = Duration::from_secs(1);
 const MOST_ZEROS: f64 = 0.1;
 /// A rate from this share of the cap on is the cap's: the windows of QEMU's limiter are never quite used up.
 const AT_CAP: f64 = 0.75;
+/// A hand-over of more, in ms, is none: QEMU waited for something.
+const LONGEST_SWITCHOVER: f64 = 5000.0;
 
 /// What a migration has sent, and under which cap.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -114,6 +116,11 @@ pub enum Lesson {
         /// ln(real / forecast).
         off: f64,
     },
+    /// Besides what its last pages took, a guest was stopped for so long: for the hand-over, which the forecast takes as a constant.
+    Switchover {
+        /// ms.
+        ms: f64,
+    },
 }
 
 impl Lesson {
@@ -121,6 +128,13 @@ impl Lesson {
     pub fn error(method: Method, figure: Figure, real: f64, forecast: f64) -> Option<Self> {
         let off = (real / forecast).ln();
         (real > 0.0 && forecast > 0.0 && off.is_finite()).then_some(Self::Error { method, figure, off })
+    }
+
+    /// What a guest's stop (ms) says of the hand-over, where `assumed` was in its forecast for that. `None`: too much for one, something else
+    /// was in the way.
+    pub fn switchover(real: f64, forecast: f64, assumed: f64) -> Option<Self> {
+        let ms = real - forecast + assumed;
+        (ms <= LONGEST_SWITCHOVER).then(|| Self::Switchover { ms: ms.max(0.0) })
     }
 }
 

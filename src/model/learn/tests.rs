@@ -270,3 +270,31 @@ proptest! {
         prop_assert_eq!(Book::read(&text).unwrap(), book);
     }
 }
+
+#[test]
+fn a_hand_over_takes_what_was_seen_beyond_the_last_pages() {
+    let of = |real, forecast, assumed| Lesson::switchover(real, forecast, assumed);
+    assert_eq!(of(45.0, 11.0, 5.0), Some(Lesson::Switchover { ms: 39.0 }));
+    assert_eq!(of(4.0, 11.0, 5.0), Some(Lesson::Switchover { ms: 0.0 }), "the last pages were fewer");
+    assert_eq!(of(6000.0, 11.0, 5.0), None, "it waited for something");
+    assert_eq!(of(f64::NAN, 11.0, 5.0), None);
+
+    let mut book = Book::default();
+    let mut learn = |all: &[f64]| {
+        for ms in all {
+            book.learn(&Lesson::Switchover { ms: *ms });
+        }
+        book.settle(NOW);
+        book.switchover()
+    };
+    assert_eq!(learn(&[39.0; ENOUGH - 1]), None);
+    assert_eq!(learn(&[39.4]), Some(39.0));
+    assert_eq!(learn(&[900.0; ENOUGH - 1]), Some(39.0), "four odd ones in nine");
+    assert_eq!(learn(&[42.0; SWITCHOVERS]), Some(39.0), "not worth asking everybody anew");
+    assert_eq!(learn(&[50.0; SWITCHOVERS]), Some(50.0));
+    let text = book.text(1000).unwrap();
+    assert_eq!(Book::read(&text).unwrap(), book, "over a restart");
+    for absurd in [text.replace("50.0", "-1.0"), text.replace("50.0", "5001.0")] {
+        assert!(matches!(Book::read(&absurd), Err(BookError::Absurd(_))), "{absurd}");
+    }
+}
