@@ -225,8 +225,8 @@ impl<K: Resource<DynamicType = ()> + Clone + 'static, S: Sink<Kind = K>> Feed<'_
     fn read(&self, guard: DeserializeGuard<K>) -> Option<K> {
         match guard.0 {
             Ok(mut object) => {
-                // Nobody here reads them, and they are often the larger half of an object.
-                object.managed_fields_mut().clear();
+                // Nobody here reads them, and they are often the larger half of an object, the room of an emptied list included.
+                object.meta_mut().managed_fields = None;
                 Some(object)
             }
             Err(invalid) => {
