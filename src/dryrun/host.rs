@@ -6,6 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use super::cgroup::{self, Place};
 use crate::model::units::Bytes;
 
 /// `SCHED_FIFO`, `SCHED_RR`, `SCHED_DEADLINE` (sched(7)).
@@ -45,6 +46,12 @@ pub enum HeadroomError {
     Odd {
         /// The file.
         path: PathBuf,
+    },
+    /// It is in a cgroup outside of our namespace, and not to be seen where the host has its own.
+    #[error("its cgroup {path} is not to be seen from here: the agent needs the host's PID namespace and SYS_PTRACE")]
+    Elsewhere {
+        /// As the kernel tells of it.
+        path: String,
     },
 }
 
@@ -104,15 +111,17 @@ pub(super) fn headroom(roots: &Roots, pid: i32) -> Result<Option<Headroom>, Head
         })
     };
     let v1 = of(&|controllers| controllers.split(',').any(|name| name == "memory"));
-    let (mount, path, files) = match (v1, of(&str::is_empty)) {
-        (Some(path), _) => {
-            (roots.cgroup.join("memory"), path, ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))
-        }
-        (None, Some(path)) => (roots.cgroup.clone(), path, ("memory.max", "memory.current", "inactive_file")),
+    let (controller, path, files) = match (v1, of(&str::is_empty)) {
+        (Some(path), _) => ("memory", path, ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")),
+        (None, Some(path)) => ("", path, ("memory.max", "memory.current", "inactive_file")),
         (None, None) => return Err(HeadroomError::Odd { path: file }),
     };
+    let hosts = roots.proc.join("1/root/sys/fs/cgroup");
+    let Some(Place { mount, mut cgroup }) = cgroup::find(&roots.cgroup.join(controller), &hosts.join(controller), path, pid)
+    else {
+        return Err(HeadroomError::Elsewhere { path: path.to_owned() });
+    };
     let mut least: Option<Headroom> = None;
-    let mut cgroup = mount.join(path.trim_start_matches('/'));
     while cgroup.starts_with(&mount) && cgroup != mount {
         if let Some(free) = room(&cgroup, files)?
             && least.as_ref().is_none_or(|least| free < least.free)
@@ -205,9 +214,25 @@ mod tests {
         assert!(matches!(headroom(&roots, 8), Err(HeadroomError::Unreadable { .. })));
         let (_dir, roots) = host(&[("proc/7/cgroup", "")]);
         assert!(matches!(headroom(&roots, 7), Err(HeadroomError::Odd { .. })));
-        // The cgroup of another namespace: nothing is known of it.
+        // Outside of our namespace, and the host's first process cannot be looked through.
         let (_dir, roots) = host(&[("proc/7/cgroup", "0::/../other\n")]);
-        assert!(headroom(&roots, 7).is_err());
+        assert!(matches!(headroom(&roots, 7), Err(HeadroomError::Elsewhere { .. })));
+    }
+
+    #[test]
+    fn from_a_pod_the_limit_is_read_where_the_host_has_it() {
+        let (dir, roots) = host(&[
+            ("proc/7/cgroup", "0::/../../vm/compute\n"),
+            ("proc/1/root/sys/fs/cgroup/pods/vm/compute/cgroup.procs", "7\n"),
+            ("proc/1/root/sys/fs/cgroup/pods/vm/compute/memory.max", "max\n"),
+            ("proc/1/root/sys/fs/cgroup/pods/vm/memory.max", "1000000\n"),
+            ("proc/1/root/sys/fs/cgroup/pods/vm/memory.current", "900000\n"),
+            ("proc/1/root/sys/fs/cgroup/pods/vm/memory.stat", "inactive_file 50000\n"),
+            ("proc/1/root/sys/fs/cgroup/pods/memory.max", "max\n"),
+        ]);
+        let found = headroom(&roots, 7).unwrap().unwrap();
+        let cgroup = dir.path().join("proc/1/root/sys/fs/cgroup/pods/vm");
+        assert_eq!(found, Headroom { free: Bytes(150_000), cgroup });
     }
 
     #[test]

@@ -24,6 +24,7 @@ use std::{fmt, path::PathBuf, time::Duration};
 
 use crate::model::units::{Bandwidth, Bytes, BytesPerSecond};
 
+mod cgroup;
 mod course;
 mod error;
 mod guards;
