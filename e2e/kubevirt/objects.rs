@@ -270,6 +270,13 @@ pub struct Side {
 
 /// Creates a VMI that runs on `node`, with its launcher pod, bound and ready. Returns where it runs.
 pub async fn running_vmi(client: &Client, namespace: &str, name: &str, node: &str, memory: &str) -> Result<Side> {
+    let side = starting_vmi(client, namespace, name, node, memory).await?;
+    started(client, namespace, name, &side).await?;
+    Ok(side)
+}
+
+/// The same, but for the word that its pod holds the guest: [`started`] gives it.
+pub async fn starting_vmi(client: &Client, namespace: &str, name: &str, node: &str, memory: &str) -> Result<Side> {
     let vmis = vmis(client, namespace);
     let manifest = serde_json::from_value(vmi_manifest(namespace, name, node, None, memory))?;
     let vmi = vmis.create(&PostParams::default(), &manifest).await.with_context(|| format!("cannot create the VMI {name}"))?;
@@ -280,10 +287,14 @@ pub async fn running_vmi(client: &Client, namespace: &str, name: &str, node: &st
     let pod = serde_json::from_value(pod)?;
     let pod = pods.create(&PostParams::default(), &pod).await.with_context(|| format!("cannot create the pod {pod_name}"))?;
     run(&pods, &pod_name).await?;
-    let pod_uid = pod.uid().unwrap_or_default();
-    let patch = Patch::Merge(json!({ "status": { "activePods": { pod_uid.as_str(): node } } }));
-    vmis.patch(name, &PatchParams::default(), &patch).await.with_context(|| format!("cannot complete the VMI {name}"))?;
-    Ok(Side { node: node.to_owned(), pod: pod_name, pod_uid })
+    Ok(Side { node: node.to_owned(), pod: pod_name, pod_uid: pod.uid().unwrap_or_default() })
+}
+
+/// Its guest runs: from now on it can be asked about.
+pub async fn started(client: &Client, namespace: &str, name: &str, side: &Side) -> Result<()> {
+    let patch = Patch::Merge(json!({ "status": { "activePods": { side.pod_uid.as_str(): side.node } } }));
+    let patched = vmis(client, namespace).patch(name, &PatchParams::default(), &patch).await;
+    patched.map(drop).with_context(|| format!("cannot complete the VMI {name}"))
 }
 
 /// The VMIs of a namespace.

@@ -16,7 +16,11 @@ use serde_json::Value;
 
 use crate::{
     cluster::{ControlPlane, Process, WebhookCertificate, account, free_port},
-    kubevirt::{self, KubeVirt, objects, running_vmi},
+    kubevirt::{
+        self, KubeVirt, objects,
+        objects::{started, starting_vmi},
+        running_vmi,
+    },
     lab::{DomainSpec, GuestSpec, Launcher, Truth, Vm, VmSpec, cgroup::Driver, libvirt::Mode},
 };
 use mover::{Guest, Guests, LabMover, domain, socket};
@@ -101,13 +105,16 @@ impl World {
         self.plane.directory().join("qmp")
     }
 
-    /// Boots a guest and announces it as a running VMI on [`NODE`]. Returns the product's QMP socket.
+    /// Boots a guest and, once it works, announces it as a running VMI on [`NODE`]: what a look sees of it does not hang on how fast it
+    /// boots. Returns the product's QMP socket.
     pub async fn boot(&self, namespace: &str, name: &str, spec: VmSpec) -> Result<PathBuf> {
         let memory = format!("{}Mi", spec.memory_mib);
-        let side = running_vmi(&self.plane.client()?, namespace, name, NODE, &memory).await?;
+        let client = self.plane.client()?;
+        let side = starting_vmi(&client, namespace, name, NODE, &memory).await?;
         let qmp = socket(&self.sockets(), &side.pod_uid);
         let vm = Vm::start(spec.qmp(&qmp)).await?;
         self.guests.put(&(namespace.to_owned(), name.to_owned()), Guest::Bare(Box::new(vm)));
+        started(&client, namespace, name, &side).await?;
         Ok(qmp)
     }
 
@@ -133,9 +140,11 @@ impl World {
     ) -> Result<Launcher> {
         let spec = DomainSpec::new(&domain(namespace, name), guest);
         let memory = format!("{}Mi", spec.memory_mib);
-        let side = running_vmi(&self.plane.client()?, namespace, name, NODE, &memory).await?;
+        let client = self.plane.client()?;
+        let side = starting_vmi(&client, namespace, name, NODE, &memory).await?;
         let mut launcher = Launcher::start(&self.pods(), &side.pod_uid, mode, driver).await?;
         launcher.boot(&spec).await?;
+        started(&client, namespace, name, &side).await?;
         Ok(launcher)
     }
 

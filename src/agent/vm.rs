@@ -80,6 +80,8 @@ pub struct Vm {
     refresh_due: Instant,
     /// The first look at it that is known of.
     known_since: Option<Instant>,
+    /// It was looked at once. Also where that counts no more: who pauses a VM gets it no second look beside the budget.
+    looked_at: bool,
     trouble: Option<Trouble>,
     published: Option<(MigrationForecastStatus, Instant)>,
     ready: Option<(MigrationForecastStatus, Instant)>,
@@ -106,6 +108,7 @@ impl Vm {
             epochs: Vec::new(),
             refresh_due: now,
             known_since: None,
+            looked_at: false,
             trouble: None,
             published: None,
             ready: None,
@@ -299,7 +302,10 @@ impl Vm {
     fn is_unseen(&self) -> bool {
         let known = self.verdict().is_some_and(|verdict| verdict != Verdict::Unknown);
         let answered = known && self.published().is_some_and(|status| self.is_answered_by(status));
-        self.seen.is_none() && !answered && self.trouble.as_ref().is_none_or(|trouble| trouble.failure == Failure::Absent)
+        !self.looked_at
+            && self.seen.is_none()
+            && !answered
+            && self.trouble.as_ref().is_none_or(|trouble| trouble.failure == Failure::Absent)
     }
 
     /// The last failure, if nothing has succeeded since.
@@ -319,6 +325,7 @@ impl Vm {
 
     /// A look succeeded: answer anew, look again after `refresh`, or sooner while it has not been known for that long.
     pub fn looked(&mut self, seen: Seen, refresh: Duration) {
+        self.looked_at = true;
         let since = *self.known_since.get_or_insert(seen.at);
         let known = seen.at.saturating_duration_since(since);
         self.refresh_due = seen.at + refresh.min(known.max(YOUNG));

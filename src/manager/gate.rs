@@ -194,7 +194,8 @@ impl Manager {
         };
         let before = self.remember(key, |memory| memory.evacuation);
         let (now, lifted) = before.next(waits, denied);
-        if lifted {
+        // What was denied before our time was denied by such a policy; where there is none, nobody's VM is touched.
+        if lifted && (before == Evacuation::Denied || self.knowledge.denies_evacuations()) {
             self.writer.nudge(vmi).await?;
             info!(namespace = key.namespace, vm = key.name, "not denied (any more): KubeVirt was told to try again");
         }

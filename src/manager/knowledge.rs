@@ -5,6 +5,7 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
+use futures::FutureExt;
 use k8s_openapi::{
     api::core::v1::{Namespace, Pod},
     jiff::Timestamp,
@@ -130,6 +131,19 @@ impl Knowledge {
         let account = user.strip_prefix("system:serviceaccount:").and_then(|account| account.split_once(':'));
         let namespace = self.kubevirt().and_then(|kubevirt| kubevirt.namespace());
         account == Some((namespace.as_deref().unwrap_or(names::kubevirt::NAMESPACE), names::kubevirt::CONTROLLER))
+    }
+
+    /// Is it known yet which user that is? Not before the KubeVirt CR had its chance to say where it is installed.
+    pub fn knows_kubevirt(&self) -> bool {
+        self.controller.is_some() || self.kubevirts.wait_until_ready().now_or_never().is_some_and(|ready| ready.is_ok())
+    }
+
+    /// May a policy have evacuations denied?
+    pub fn denies_evacuations(&self) -> bool {
+        let denies = |policy: &PredictionPolicy| {
+            policy.spec.mode == policy::Mode::Enforce && policy.spec.evacuations == policy::Evacuations::Deny
+        };
+        self.policies.find(denies).is_some()
     }
 
     /// Returns once every store has been filled for the first time; never, if the watches ended before.

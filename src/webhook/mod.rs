@@ -156,9 +156,13 @@ fn validate(admission: &Admission, request: &Request<Migration>) -> Answer {
     }
 }
 
-/// Who wants it, and the decision; `None` where there is nothing to decide (a migration that comes in from another cluster).
+/// Who wants it, and the decision; `None` where there is nothing to decide (a migration that comes in from another cluster), or it cannot be told
+/// yet who asks: a drain's would pass for a person's.
 fn judge(admission: &Admission, request: &Request<Migration>) -> Option<(Origin, Judgement)> {
     let migration = request.object().filter(|migration| migration.spec.receive.is_none())?;
+    if !admission.knowledge.knows_kubevirt() {
+        return None;
+    }
     let candidate = admission.knowledge.request(request.namespace(), migration, request.user());
     Some((candidate.origin, admission.knowledge.judge(candidate, (admission.clock)())))
 }
@@ -166,7 +170,8 @@ fn judge(admission: &Admission, request: &Request<Migration>) -> Option<(Origin,
 /// Holds a target pod: decided anew, from what is known now. A decision that has turned to a denial holds it as well, for the manager to
 /// abandon the migration before anything is sent. Target pods are KubeVirt's to make: on anybody else's our gate is taken off.
 fn gate(admission: &Admission, request: &Request<Pod>) -> Answer {
-    let Some(pod) = request.object().filter(|_| request.is_create()) else { return Answer::allow() };
+    let known = request.is_create() && admission.knowledge.knows_kubevirt();
+    let Some(pod) = request.object().filter(|_| known) else { return Answer::allow() };
     if !admission.knowledge.is_kubevirt(request.user()) {
         return Answer::allow().with_patch(review::ungate(pod));
     }

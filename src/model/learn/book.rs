@@ -51,7 +51,7 @@ const FORMAT: u64 = 1;
 
 /// Everything that is remembered. Its text is JSON, and a contract with itself over restarts and versions.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct Book {
     format: u64,
     /// The line rates that forecasts go by, by the node that is left.
