@@ -128,18 +128,26 @@ impl ControlPlane {
         Ok((done, refused))
     }
 
-    /// What the product's accounts were refused for want of a right since this control plane started: `USER: RIGHT`.
+    /// What the product's accounts were refused for want of a right since this control plane started: `USER: RIGHT`. What was allowed at another
+    /// time is not missing: an API server that has just started refuses until it has read the rules.
     pub fn refused(&self) -> Result<BTreeSet<String>> {
         let text = std::fs::read_to_string(self.directory().join("audit.log")).context("cannot read the audit log")?;
-        let forbidden = text.lines().filter(|line| line.contains(r#""authorization.k8s.io/decision":"forbid""#));
-        forbidden
-            .map(|line| {
-                let event: Value = serde_json::from_str(line).with_context(|| format!("an odd line in the audit log: {line}"))?;
-                let word = |pointer: &str| event.pointer(pointer).and_then(Value::as_str).unwrap_or_default();
-                let right = right(word("/verb"), word("/objectRef/apiGroup"), word("/objectRef/resource"));
-                Ok(format!("{}: {right}", word("/user/username")))
-            })
-            .collect()
+        if !text.contains(r#""authorization.k8s.io/decision":"forbid""#) {
+            return Ok(BTreeSet::new());
+        }
+        let (mut allowed, mut forbidden) = (BTreeSet::new(), BTreeSet::new());
+        for line in text.lines() {
+            let event: Value = serde_json::from_str(line).with_context(|| format!("an odd line in the audit log: {line}"))?;
+            let word = |pointer: &str| event.pointer(pointer).and_then(Value::as_str).unwrap_or_default();
+            let right = right(word("/verb"), word("/objectRef/apiGroup"), word("/objectRef/resource"));
+            let call = format!("{}: {right}", word("/user/username"));
+            match event["annotations"]["authorization.k8s.io/decision"].as_str() {
+                Some("allow") => allowed.insert(call),
+                Some("forbid") => forbidden.insert(call),
+                _ => false,
+            };
+        }
+        Ok(forbidden.difference(&allowed).cloned().collect())
     }
 
     /// What the `ClusterRole` of this name, and the `Role` in [`NAMESPACE`] if there is one, allow.

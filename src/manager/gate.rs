@@ -14,6 +14,7 @@ use super::{
     force::{self, Served},
     hold::{self, HOLDING, LETTING_GO, Step},
     judge::Candidate,
+    memory::Evacuation,
     observe::Notice,
     watch::Key,
 };

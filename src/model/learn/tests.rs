@@ -4,7 +4,7 @@
 use proptest::prelude::*;
 
 use super::{
-    book::{ENOUGH, REMEMBERED, TAUGHT, WINDOW},
+    book::{ENOUGH, REMEMBERED, SWITCHOVERS, TAUGHT, WINDOW},
     *,
 };
 
