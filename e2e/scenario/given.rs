@@ -14,8 +14,9 @@ use crate::cluster::{Kubectl, account::NAMESPACE};
 /// Until a guest of a real cluster has booted.
 const BOOT: Duration = Duration::from_secs(300);
 
-/// A guest that settles writes for so long, from its boot on, and so at least until its forecast is there.
-pub(super) const SETTLES: Duration = Duration::from_secs(300);
+/// A guest that settles writes for so long, from its boot on, and so at least until its forecast is there. Agents look at it about 12, 39, 78, 156 and
+/// 312 s after its boot: the last pattern is of before it rested.
+pub(super) const SETTLES: Duration = Duration::from_secs(240);
 
 /// What a guest writes: pages of 4 KiB, so many of them at random in each ms; whether it computes in between or rests; for how many
 /// seconds, 0: for ever. How much there is to compute in a ms is measured at the start.

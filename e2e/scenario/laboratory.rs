@@ -22,8 +22,9 @@ pub(super) const WITHOUT_AGENT: &str = "node-c";
 /// The parts of the product, by the names of their processes; an agent with its node.
 const AGENTS: [(&str, &str); 2] = [("agent-a", NODE), ("agent-b", OTHER_NODE)];
 const CONTROLLER: &str = "controller";
-/// A guest that settles writes for so long, then keeps from it for as long. The first look is over by then.
-pub(super) const SETTLES: Duration = Duration::from_secs(20);
+/// A guest that settles writes for so long, then keeps from it for as long. The agent looks at it twice until then (the second time 15 s after the
+/// first), and next when it has rested for 8 s or more: in between the pattern is of another time.
+pub(super) const SETTLES: Duration = Duration::from_secs(28);
 /// Shorter than in production: what is looked for is plain.
 const LOOK: &str = "3s";
 
