@@ -192,11 +192,14 @@ impl<L: Locate> Agent<L> {
             self.take_up();
             let until = self.begin_what_is_due().min(Instant::now() + HEARTBEAT);
             tokio::select! {
-                // The end comes before everything else: the watch ends with it, and that is no error then.
-                biased;
                 () = shutdown.draining() => break,
                 ((key, life, job), outcome) = self.running.next() => self.book(&key, &life, job, outcome),
-                changed = self.questions.changed() => changed.map_err(|_| AgentError::WatchEnded)?,
+                changed = self.questions.changed() => match changed {
+                    Ok(()) => {}
+                    // The watch hears of the end on its own, and perhaps before we do: that is no error.
+                    Err(_) if shutdown.is_ending() => break,
+                    Err(_) => return Err(AgentError::WatchEnded),
+                },
                 () = tokio::time::sleep_until(until.into()) => {}
             }
         }
